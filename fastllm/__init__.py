@@ -1,0 +1,1 @@
+"""fastllm: an inference core for large language models."""

@@ -1,0 +1,1 @@
+"""Triton kernels of fastllm (extra `[gpu]`): one op per file."""
