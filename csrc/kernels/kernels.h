@@ -1,0 +1,165 @@
+// The one table of kernels that every instruction set exports, and the plain structs its functions take.
+//
+// Everything here is raw pointers and sizes: no allocation, no C++ standard containers, no Python. Shapes and
+// ranges were checked by the caller (csrc/bindings/). Every function gives the same bits on every instruction
+// set; see "One answer" in ARCHITECTURE.md for the rules that make it so.
+//
+// Letters: M rows of activations, N rows of a weight matrix (outputs), K its columns (inputs), kp = K rounded
+// up to 32. A panel is 16 consecutive outputs.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastllm {
+
+constexpr int kPanel = 16;            // outputs in a panel = lanes of f32x16
+constexpr int kActivationGroup = 32;  // columns that share one activation scale
+constexpr int kSumGroup = 16;         // columns that share one precomputed sum of quantized activations
+constexpr int kSuper = 256;           // columns that share one fp16 super-scale
+constexpr int kKvTile = 64;           // positions in one tile of the attention fold, aligned at position 0
+
+// How the codes of a quantized matrix, or the values of a floating-point one, lie in memory.
+// Integer codes c in [0, 2^bits) stand for scale * (c - zero) + min, or scale * codebook[c] + min.
+//   u4   codes: (panels, kp/8, 64): byte 4*n+j of line l holds, in its low nibble, column n's code for
+//        k = 8*l + j, in its high nibble the one for k = 8*l + 4 + j (n < 16, j < 4).
+//   u5   as u4, plus extra: (panels, kp/32, 64): bit q of byte 4*n+j of line l is bit 4 of the code for
+//        k = 32*l + 4*q + j (q < 8).
+//   u6   as u4, plus extra: (panels, kp/16, 64): bits 2q, 2q+1 of byte 4*n+j of line l are bits 4, 5 of the code
+//        for k = 16*l + 4*q + j (q < 4).
+//   u8   codes: (panels, kp/4, 64): byte 4*n+j of line l is column n's code for k = 4*l + j. A signed byte w is
+//        stored as w + 128 with zero = 128.
+//   f16, bf16, f32   codes: (panels, K, 16) values of that type.
+enum class Codes : uint8_t { u4, u5, u6, u8, f16, bf16, f32 };
+
+// A packed matrix as the kernels see it. Padding columns and padding outputs have scale 0 and min 0.
+//   scales     fp16 (panels, kp/group, 16); with a super-scale (panels, ceil(K/256), 16)
+//   subscales  int8 (panels, kp/group, 16), or null: then the scale of a group is scales alone, else
+//              float(scales[.., k/256, n]) * float(subscales[.., k/group, n]), rounded to fp32
+//   mins       fp16, shaped as scales, or null
+//   submins    uint8, shaped as subscales, or null; likewise float(mins) * float(submins)
+struct PackedView {
+  const uint8_t* codes;
+  const uint8_t* extra;
+  const uint16_t* scales;
+  const int8_t* subscales;
+  const uint16_t* mins;
+  const uint8_t* submins;
+  const int8_t* codebook;  // 16 entries, or null; only with u4; entries > -128
+  int64_t rows;            // N
+  int64_t cols;            // K
+  int64_t kp;              // K rounded up to 32
+  int32_t group;           // columns per scale: 16, 32, 64, 128, or kp (one per channel)
+  int32_t zero;            // subtracted from a code before scaling; 0 with a codebook
+  Codes kind;
+};
+
+// Quantized activations: x[m, k] ~ scale[m, k/32] * q[m, k].
+struct QuantizedRows {
+  int8_t* q;       // (M, kp), in [-127, 127], 0 past K
+  float* scale;    // (M, kp/32)
+  int32_t* sums;   // (M, kp/16): sum of q over 16 columns
+  int64_t kp;
+};
+
+enum class KvType : uint8_t { f32, f16, bf16, i8 };
+
+// One layer of the paged KV cache. A block holds block_size positions (a multiple of 16, at most 64).
+//   k  (blocks, kv_heads, block_size/16, head_dim, 16): position innermost, so that 16 scores are one vector
+//   v  (blocks, kv_heads, block_size, head_dim)
+//   k_scale, v_scale  fp32 (blocks, kv_heads, block_size), only for i8: value = scale * int8
+struct KvView {
+  void* k;
+  void* v;
+  float* k_scale;
+  float* v_scale;
+  int32_t kv_heads;
+  int32_t head_dim;  // a multiple of 16
+  int32_t block_size;
+  KvType type;
+};
+
+// What attention computes for a run of queries of one sequence that share a KV head.
+//   q    (queries, q_stride): the heads of the group start at q + h * head_dim, h < group
+//   out  the same strides
+//   Query i stands at position first_position + i and sees positions
+//   [max(0, p - window + 1), p], or [0, p] when window is 0.
+struct AttentionTask {
+  const float* q;
+  float* out;
+  int64_t q_stride;    // floats between two queries
+  int64_t out_stride;
+  const int32_t* block_table;
+  int32_t queries;
+  int32_t group;       // query heads per KV head
+  int32_t kv_head;
+  int32_t first_position;
+  int32_t window;
+  float scale;         // of the scores, before the soft-cap
+  float softcap;       // 0: none; else s -> softcap * tanh(s / softcap)
+};
+
+// Partial result of one tile for one query head: maximum, sum, output[head_dim]; see attention.cpp.
+// attention_tiles writes (tile_end - tile_begin) * queries * group records of (2 + head_dim) floats each, ordered
+// (tile, query, head); attention_merge folds them, ascending, into out. attention does both without storing.
+
+struct Kernels {
+  const char* name;
+
+  // q = round(x * 127 / amax) per row and group of 32; zero rows give scale 0. x: (rows, ldx).
+  void (*quantize_rows)(const float* x, int64_t ldx, int64_t rows, int64_t k, const QuantizedRows* out);
+
+  // y[m, n] (+)= sum_k w[n, k] x[m, k] for the panels [panel_begin, panel_end); y: (rows, ldy), column n at y[n].
+  // `scratch` holds at least matmul_scratch_bytes(w). accumulate: add to what y holds.
+  void (*matmul_q)(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
+                   int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch);
+  void (*matmul_f)(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
+                   int64_t panel_end, float* y, int64_t ldy, int accumulate);
+
+  // out[k] = w[row, k], the row of an embedding table, exactly as the disk format decodes it.
+  void (*unpack_row)(const PackedView* w, int64_t row, float* out);
+
+  // y = x / sqrt(mean(x^2) + eps) * weight; y may be x.
+  void (*rms_norm)(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t dim, float* y,
+                   int64_t ldy);
+  // y = (x - mean) / sqrt(var + eps) * weight + bias; bias may be null; y may be x.
+  void (*layer_norm)(const float* x, int64_t ldx, const float* weight, const float* bias, float eps, int64_t rows,
+                     int64_t dim, float* y, int64_t ldy);
+  // Rotates, in place, `heads` heads of head_dim in each row: pairs (i, i + rotary/2), i < rotary/2.
+  // cos, sin: (positions, rotary/2). x: (rows, ldx).
+  void (*rope)(float* x, int64_t ldx, int64_t rows, int64_t heads, int64_t head_dim, int64_t rotary,
+               const int32_t* positions, const float* cos, const float* sin);
+  // y = act(gate) * up, elementwise; y may be gate.
+  void (*silu_mul)(const float* gate, const float* up, float* y, int64_t n);
+  void (*gelu_tanh_mul)(const float* gate, const float* up, float* y, int64_t n);
+  void (*add)(const float* x, const float* y, float* out, int64_t n);  // out may be x
+  void (*softcap)(float* x, float cap, int64_t n);                     // x = cap * tanh(x / cap)
+  void (*exp)(const float* x, float* y, int64_t n);
+  void (*log)(const float* x, float* y, int64_t n);
+
+  // Stores K and V rows (kv_heads * head_dim floats each, strides ldk, ldv) of `rows` tokens into slots
+  // (block * block_size + offset).
+  void (*kv_write)(const KvView* kv, const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t rows,
+                   const int32_t* slots);
+  void (*attention)(const KvView* kv, const AttentionTask* task, float* scratch);
+  void (*attention_tiles)(const KvView* kv, const AttentionTask* task, int64_t tile_begin, int64_t tile_end,
+                          float* partials, float* scratch);
+  void (*attention_merge)(const KvView* kv, const AttentionTask* task, int64_t tiles, const float* partials);
+
+  // Sampler parts over one row of logits (n values).
+  float (*max_value)(const float* x, int64_t n);
+  double (*exp_sum)(const float* x, float max, int64_t n);  // sum of exp(x - max) in one fixed order
+  int64_t (*argmax)(const float* x, int64_t n);             // the lowest index among equals; NaN never wins
+};
+
+// Bytes of scratch that one thread of matmul_q needs: a panel unpacked to bytes, and its scales and mins in fp32.
+inline int64_t matmul_scratch_bytes(const PackedView* w) {
+  const int64_t groups = w->kp / (w->group < kActivationGroup ? w->group : kActivationGroup);
+  return w->kp * kPanel + 2 * groups * kPanel * 4 + 256;
+}
+
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avxvnni;
+extern const Kernels kernels_avx512vnni;
+
+}  // namespace fastllm
