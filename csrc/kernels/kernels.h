@@ -134,7 +134,6 @@ struct Kernels {
   void (*add)(const float* x, const float* y, float* out, int64_t n);  // out may be x
   void (*softcap)(float* x, float cap, int64_t n);                     // x = cap * tanh(x / cap)
   void (*exp)(const float* x, float* y, int64_t n);
-  void (*log)(const float* x, float* y, int64_t n);
 
   // Stores K and V rows (kv_heads * head_dim floats each, strides ldk, ldv) of `rows` tokens into slots
   // (block * block_size + offset).

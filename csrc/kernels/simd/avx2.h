@@ -1,0 +1,128 @@
+// AVX2 with FMA and F16C: a vector is one ymm, two make a logical f32x16. See vec.h for what each primitive promises.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fastllm {
+namespace {
+
+constexpr int kLanes = 8;
+using vf = __m256;
+using vi = __m256i;
+using vb = __m256i;
+
+inline vf v_load(const float* p) { return _mm256_loadu_ps(p); }
+inline void v_store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+inline vf v_set1(float x) { return _mm256_set1_ps(x); }
+inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+inline vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
+inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline vi vi_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void vi_store(void* p, vi x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+inline vi vi_set1(int x) { return _mm256_set1_epi32(x); }
+inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+inline vi vi_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+inline vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+inline vi vi_andnot(vi m, vi b) { return _mm256_andnot_si256(m, b); }
+template <int n>
+inline vi vi_shl(vi a) { return _mm256_slli_epi32(a, n); }
+template <int n>
+inline vi vi_shr(vi a) { return _mm256_srli_epi32(a, n); }
+template <int n>
+inline vi vi_sar(vi a) { return _mm256_srai_epi32(a, n); }
+inline vi vi_gt(vi a, vi b) { return _mm256_cmpgt_epi32(a, b); }
+inline vi vi_eq(vi a, vi b) { return _mm256_cmpeq_epi32(a, b); }
+inline vi v_gt(vf a, vf b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+inline vi v_bits(vf a) { return _mm256_castps_si256(a); }
+inline vf v_from_bits(vi a) { return _mm256_castsi256_ps(a); }
+inline vi v_round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
+inline vf v_from_int(vi a) { return _mm256_cvtepi32_ps(a); }
+inline vf v_select(vi m, vf a, vf b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m)); }
+
+inline vf v_load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void v_store_f16(uint16_t* p, vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline vi vi_load_u16(const uint16_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void vi_store_u16(uint16_t* p, vi x) {  // keeps the low 16 bits
+  const __m256i low = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline vi vi_load_s8(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline vi vi_load_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline void vi_store_s8(int8_t* p, vi x) {  // values in [-128, 127]
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+
+// Lane sums in the one tree of vec.h: the parts are halves until one lane is left.
+inline float v_reduce_add4(__m128 x) {
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline float v_reduce_max4(__m128 x) {
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline float v_reduce_add(const vf* x) {
+  const __m256 eight = _mm256_add_ps(x[0], x[1]);
+  return v_reduce_add4(_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+}
+inline float v_reduce_max(const vf* x) {
+  const __m256 eight = _mm256_max_ps(x[0], x[1]);
+  return v_reduce_max4(_mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+}
+
+inline vb vb_load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void vb_store(uint8_t* p, vb x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+inline vb vb_set1(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
+inline vb vb_and(vb a, vb b) { return _mm256_and_si256(a, b); }
+inline vb vb_or(vb a, vb b) { return _mm256_or_si256(a, b); }
+template <int n>  // shifts of 16-bit units: mask afterwards
+inline vb vb_shr(vb a) { return _mm256_srli_epi16(a, n); }
+template <int n>
+inline vb vb_shl(vb a) { return _mm256_slli_epi16(a, n); }
+inline vb vb_load_table(const uint8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline vb vb_lookup(vb table, vb index) { return _mm256_shuffle_epi8(table, index); }
+
+#ifdef FASTLLM_ISA_avxvnni
+// VEX-coded vpdpbusd: 1 instruction for 32 products; exact for any unsigned byte.
+constexpr int kU8Bias = 0;
+inline vi dot_small(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+inline vi dot_u8(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+#else
+// vpmaddubsw saturates its 16-bit pair sums: exact for codes up to 127 (127 * 127 * 2 < 2^15), 3 instructions for 32
+// products. A full byte is made signed (c - 128), and its sign moved to the activation: |c - 128| <= 128 and
+// 128 * 127 * 2 < 2^15, so that is exact too, 6 instructions.
+constexpr int kU8Bias = 128;
+inline vi dot_small(vi acc, vb w, vi a) {
+  const __m256i pairs = _mm256_maddubs_epi16(w, a);
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline vi dot_u8(vi acc, vb w, vi a) {
+  const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
+  return dot_small(acc, _mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
+}
+#endif
+
+}  // namespace
+}  // namespace fastllm

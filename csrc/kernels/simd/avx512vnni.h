@@ -1,0 +1,110 @@
+// AVX-512 (F, BW, DQ, VL) with VNNI: a vector is one zmm. See vec.h for what each primitive promises.
+#pragma once
+
+#include <immintrin.h>
+
+namespace fastllm {
+namespace {
+
+constexpr int kLanes = 16;
+using vf = __m512;
+using vi = __m512i;
+using vb = __m512i;
+
+inline vf v_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void v_store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline vf v_set1(float x) { return _mm512_set1_ps(x); }
+inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf v_sqrt(vf a) { return _mm512_sqrt_ps(a); }
+inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline vi vi_load(const void* p) { return _mm512_loadu_si512(p); }
+inline void vi_store(void* p, vi x) { _mm512_storeu_si512(p, x); }
+inline vi vi_set1(int x) { return _mm512_set1_epi32(x); }
+inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+inline vi vi_andnot(vi m, vi b) { return _mm512_andnot_si512(m, b); }
+template <int n>
+inline vi vi_shl(vi a) { return _mm512_slli_epi32(a, n); }
+template <int n>
+inline vi vi_shr(vi a) { return _mm512_srli_epi32(a, n); }
+template <int n>
+inline vi vi_sar(vi a) { return _mm512_srai_epi32(a, n); }
+inline vi vi_gt(vi a, vi b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }
+inline vi vi_eq(vi a, vi b) { return _mm512_movm_epi32(_mm512_cmpeq_epi32_mask(a, b)); }
+inline vi v_gt(vf a, vf b) { return _mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)); }
+inline vi v_bits(vf a) { return _mm512_castps_si512(a); }
+inline vf v_from_bits(vi a) { return _mm512_castsi512_ps(a); }
+inline vi v_round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
+inline vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
+inline vf v_select(vi m, vf a, vf b) { return _mm512_mask_blend_ps(_mm512_movepi32_mask(m), b, a); }
+
+inline vf v_load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void v_store_f16(uint16_t* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline vi vi_load_u16(const uint16_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void vi_store_u16(uint16_t* p, vi x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
+inline vi vi_load_s8(const int8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline vi vi_load_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void vi_store_s8(int8_t* p, vi x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+
+// Lane sums in the one tree of vec.h: the parts are halves until one lane is left.
+inline float v_reduce_add4(__m128 x) {
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline float v_reduce_max4(__m128 x) {
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline float v_reduce_add(const vf* x) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x[0]), _mm512_extractf32x8_ps(x[0], 1));
+  return v_reduce_add4(_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+}
+inline float v_reduce_max(const vf* x) {
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x[0]), _mm512_extractf32x8_ps(x[0], 1));
+  return v_reduce_max4(_mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+}
+
+inline vb vb_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void vb_store(uint8_t* p, vb x) { _mm512_storeu_si512(p, x); }
+inline vb vb_set1(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+inline vb vb_and(vb a, vb b) { return _mm512_and_si512(a, b); }
+inline vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
+template <int n>  // shifts of 16-bit units: mask afterwards
+inline vb vb_shr(vb a) { return _mm512_srli_epi16(a, n); }
+template <int n>
+inline vb vb_shl(vb a) { return _mm512_slli_epi16(a, n); }
+inline vb vb_load_table(const uint8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline vb vb_lookup(vb table, vb index) { return _mm512_shuffle_epi8(table, index); }
+
+// vpdpbusd: 1 instruction for 64 products; exact for any unsigned byte.
+constexpr int kU8Bias = 0;
+inline vi dot_small(vi acc, vb w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+inline vi dot_u8(vi acc, vb w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+
+}  // namespace
+}  // namespace fastllm

@@ -1,0 +1,46 @@
+// exp and tanh on f32x16, ours, so that every instruction set gives the same bits.
+#pragma once
+
+#include "kernels/simd/vec.h"
+
+namespace fastllm {
+namespace {
+
+// exp(x) to about 1 unit in the last place. x = n ln 2 + r with |r| <= ln(2)/2 (ln 2 in two parts, Cody and Waite), a
+// polynomial of degree 7 for e^r (Taylor coefficients; the remainder is below 2^-27 there), and 2^n put into the
+// exponent in two steps, so that results down to 2^-126 are right. Below -87.3 the result is 0, above 88.7 infinite;
+// NaN stays NaN. 11 FMA-class instructions.
+FASTLLM_INLINE f32x16 exp(f32x16 x) {
+  const f32x16 low = set1(-87.33654f);
+  const f32x16 high = set1(88.72283f);
+  // min and max give the second operand for NaN: x stays last.
+  const f32x16 clamped = max(low, min(high, x));
+  const i32x16 n = round_to_int(mul(clamped, set1(1.44269504f)));
+  const f32x16 nf = to_float(n);
+  f32x16 r = fma(nf, set1(-0.693359375f), clamped);
+  r = fma(nf, set1(2.12194440e-4f), r);
+  f32x16 p = set1(1.0f / 5040.0f);
+  p = fma(p, r, set1(1.0f / 720.0f));
+  p = fma(p, r, set1(1.0f / 120.0f));
+  p = fma(p, r, set1(1.0f / 24.0f));
+  p = fma(p, r, set1(1.0f / 6.0f));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  const i32x16 half = shift_right_arithmetic<1>(n);
+  const i32x16 bias = set1_i32(127);
+  const f32x16 scale_a = from_bits(shift_left<23>(add(half, bias)));
+  const f32x16 scale_b = from_bits(shift_left<23>(add(sub(n, half), bias)));
+  f32x16 y = mul(mul(p, scale_a), scale_b);
+  y = select(greater(low, x), zero_f32(), y);
+  return select(greater(x, high), from_bits(set1_i32(0x7f800000)), y);
+}
+
+// tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error below 2e-7.
+FASTLLM_INLINE f32x16 tanh(f32x16 x) {
+  const f32x16 e = exp(add(x, x));
+  return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+}
+
+}  // namespace
+}  // namespace fastllm

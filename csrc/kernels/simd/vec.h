@@ -1,0 +1,255 @@
+// The logical 16-lane vectors that all kernels are written on: f32x16, i32x16 and u8x64.
+//
+// Each instruction set's header gives a native vector (vf floats, vi int32, vb bytes) of kLanes floats and its
+// primitives; this file composes kParts = 16 / kLanes of them. Promises, equal on every instruction set:
+//   fma       a * b + c, rounded once
+//   max, min  (a > b ? a : b), (a < b ? a : b): the second operand when one is NaN, and for equal zeros
+//   reduce    one tree: lanes i and i+8, then i and i+4, i+2, i+1
+//   round_to_int  nearest, ties to even (the workers' rounding mode is set to nearest)
+//   f16       loads are exact, stores round to nearest even; bf16 likewise
+//   dot_small bytes <= 127 times int8 activations in [-127, 127], exact; acc += sum over the 4 bytes of a lane
+//   dot_u8    any byte c: acc += sum (c - kU8Bias) * a, exact
+// Loops over parts unroll entirely: -O3 leaves no array in memory.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(FASTLLM_ISA_avx512vnni)
+#include "kernels/simd/avx512vnni.h"
+#elif defined(FASTLLM_ISA_avxvnni)
+#include "kernels/simd/avxvnni.h"
+#elif defined(FASTLLM_ISA_avx2)
+#include "kernels/simd/avx2.h"
+#elif defined(FASTLLM_ISA_baseline)
+#include "kernels/simd/baseline.h"
+#else
+#error "compile with -DFASTLLM_ISA_<name>=1"
+#endif
+
+#define FASTLLM_INLINE inline __attribute__((always_inline))
+
+namespace fastllm {
+namespace {
+
+constexpr int kParts = 16 / kLanes;
+
+struct f32x16 {
+  vf part[kParts];
+};
+struct i32x16 {
+  vi part[kParts];
+};
+struct u8x64 {
+  vb part[kParts];
+};
+
+#define FASTLLM_EACH _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i)
+
+// ---- f32x16 ---------------------------------------------------------------------------------------------
+FASTLLM_INLINE f32x16 load(const float* p) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_load(p + i * kLanes);
+  return r;
+}
+FASTLLM_INLINE void store(float* p, f32x16 x) { FASTLLM_EACH v_store(p + i * kLanes, x.part[i]); }
+FASTLLM_INLINE f32x16 set1(float x) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_set1(x);
+  return r;
+}
+FASTLLM_INLINE f32x16 zero_f32() { return set1(0.0f); }
+// The first n lanes of p, the others `fill`; n in [0, 16].
+FASTLLM_INLINE f32x16 load_first(const float* p, int64_t n, float fill) {
+  if (n == 16) return load(p);
+  alignas(64) float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = i < n ? p[i] : fill;
+  return load(lanes);
+}
+FASTLLM_INLINE void store_first(float* p, f32x16 x, int64_t n) {
+  if (n == 16) return store(p, x);
+  alignas(64) float lanes[16];
+  store(lanes, x);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+#define FASTLLM_BINARY(name, type, native)           \
+  FASTLLM_INLINE type name(type a, type b) {         \
+    type r;                                          \
+    FASTLLM_EACH r.part[i] = native(a.part[i], b.part[i]); \
+    return r;                                        \
+  }
+FASTLLM_BINARY(add, f32x16, v_add)
+FASTLLM_BINARY(sub, f32x16, v_sub)
+FASTLLM_BINARY(mul, f32x16, v_mul)
+FASTLLM_BINARY(div, f32x16, v_div)
+FASTLLM_BINARY(max, f32x16, v_max)
+FASTLLM_BINARY(min, f32x16, v_min)
+FASTLLM_BINARY(add, i32x16, vi_add)
+FASTLLM_BINARY(sub, i32x16, vi_sub)
+FASTLLM_BINARY(mul, i32x16, vi_mul)
+FASTLLM_BINARY(bit_and, i32x16, vi_and)
+FASTLLM_BINARY(bit_or, i32x16, vi_or)
+FASTLLM_BINARY(greater, i32x16, vi_gt)
+FASTLLM_BINARY(equal, i32x16, vi_eq)
+FASTLLM_BINARY(bit_and, u8x64, vb_and)
+FASTLLM_BINARY(bit_or, u8x64, vb_or)
+#undef FASTLLM_BINARY
+
+FASTLLM_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_fma(a.part[i], b.part[i], c.part[i]);
+  return r;
+}
+FASTLLM_INLINE f32x16 sqrt(f32x16 a) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_sqrt(a.part[i]);
+  return r;
+}
+FASTLLM_INLINE float reduce_add(f32x16 x) { return v_reduce_add(x.part); }
+FASTLLM_INLINE float reduce_max(f32x16 x) { return v_reduce_max(x.part); }
+// All ones in the lanes where a > b (false for NaN).
+FASTLLM_INLINE i32x16 greater(f32x16 a, f32x16 b) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = v_gt(a.part[i], b.part[i]);
+  return r;
+}
+FASTLLM_INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_select(mask.part[i], a.part[i], b.part[i]);
+  return r;
+}
+FASTLLM_INLINE i32x16 bits(f32x16 x) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = v_bits(x.part[i]);
+  return r;
+}
+FASTLLM_INLINE f32x16 from_bits(i32x16 x) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_from_bits(x.part[i]);
+  return r;
+}
+FASTLLM_INLINE i32x16 round_to_int(f32x16 x) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = v_round_to_int(x.part[i]);
+  return r;
+}
+FASTLLM_INLINE f32x16 to_float(i32x16 x) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_from_int(x.part[i]);
+  return r;
+}
+FASTLLM_INLINE f32x16 load_f16(const uint16_t* p) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_load_f16(p + i * kLanes);
+  return r;
+}
+FASTLLM_INLINE void store_f16(uint16_t* p, f32x16 x) { FASTLLM_EACH v_store_f16(p + i * kLanes, x.part[i]); }
+FASTLLM_INLINE f32x16 load_bf16(const uint16_t* p) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_from_bits(vi_shl<16>(vi_load_u16(p + i * kLanes)));
+  return r;
+}
+// To nearest even in integers, never the hardware's conversion; NaNs become quiet.
+FASTLLM_INLINE void store_bf16(uint16_t* p, f32x16 x) {
+  FASTLLM_EACH {
+    const vi b = v_bits(x.part[i]);
+    const vi odd = vi_and(vi_shr<16>(b), vi_set1(1));
+    const vi rounded = vi_shr<16>(vi_add(b, vi_add(odd, vi_set1(0x7fff))));
+    const vi nan = vi_gt(vi_and(b, vi_set1(0x7fffffff)), vi_set1(0x7f800000));
+    const vi quiet = vi_or(vi_shr<16>(b), vi_set1(0x40));
+    vi_store_u16(p + i * kLanes, vi_or(vi_and(nan, quiet), vi_andnot(nan, rounded)));
+  }
+}
+
+// ---- i32x16 ---------------------------------------------------------------------------------------------
+FASTLLM_INLINE i32x16 set1_i32(int x) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = vi_set1(x);
+  return r;
+}
+FASTLLM_INLINE i32x16 load_i32(const int32_t* p) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = vi_load(p + i * kLanes);
+  return r;
+}
+FASTLLM_INLINE void store_i32(int32_t* p, i32x16 x) { FASTLLM_EACH vi_store(p + i * kLanes, x.part[i]); }
+FASTLLM_INLINE i32x16 load_s8(const int8_t* p) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = vi_load_s8(p + i * kLanes);
+  return r;
+}
+FASTLLM_INLINE i32x16 load_u8(const uint8_t* p) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = vi_load_u8(p + i * kLanes);
+  return r;
+}
+FASTLLM_INLINE void store_s8(int8_t* p, i32x16 x) { FASTLLM_EACH vi_store_s8(p + i * kLanes, x.part[i]); }
+template <int n>
+FASTLLM_INLINE i32x16 shift_left(i32x16 x) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = vi_shl<n>(x.part[i]);
+  return r;
+}
+template <int n>
+FASTLLM_INLINE i32x16 shift_right_arithmetic(i32x16 x) {
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = vi_sar<n>(x.part[i]);
+  return r;
+}
+
+// ---- u8x64 ----------------------------------------------------------------------------------------------
+FASTLLM_INLINE u8x64 load_line(const uint8_t* p) {
+  u8x64 r;
+  FASTLLM_EACH r.part[i] = vb_load(p + i * kLanes * 4);
+  return r;
+}
+FASTLLM_INLINE void store_line(uint8_t* p, u8x64 x) { FASTLLM_EACH vb_store(p + i * kLanes * 4, x.part[i]); }
+FASTLLM_INLINE u8x64 set1_u8(int x) {
+  u8x64 r;
+  FASTLLM_EACH r.part[i] = vb_set1(x);
+  return r;
+}
+// n > 0: right, n < 0: left, in 16-bit units; the caller masks what crosses a byte.
+template <int n>
+FASTLLM_INLINE u8x64 shift(u8x64 x) {
+  if constexpr (n == 0) {
+    return x;
+  } else {
+    u8x64 r;
+    FASTLLM_EACH {
+      if constexpr (n > 0) {
+        r.part[i] = vb_shr<(n > 0 ? n : 0)>(x.part[i]);
+      } else {
+        r.part[i] = vb_shl<(n < 0 ? -n : 0)>(x.part[i]);
+      }
+    }
+    return r;
+  }
+}
+FASTLLM_INLINE u8x64 load_table(const uint8_t* p) {
+  u8x64 r;
+  FASTLLM_EACH r.part[i] = vb_load_table(p);
+  return r;
+}
+FASTLLM_INLINE u8x64 lookup(u8x64 table, u8x64 index) {  // index bytes in [0, 16)
+  u8x64 r;
+  FASTLLM_EACH r.part[i] = vb_lookup(table.part[i], index.part[i]);
+  return r;
+}
+// Four int8 activations, broadcast to every lane.
+FASTLLM_INLINE i32x16 broadcast_quad(const int8_t* p) {
+  int32_t quad;
+  __builtin_memcpy(&quad, p, 4);
+  return set1_i32(quad);
+}
+FASTLLM_INLINE i32x16 dot_small(i32x16 acc, u8x64 w, i32x16 a) {
+  FASTLLM_EACH acc.part[i] = dot_small(acc.part[i], w.part[i], a.part[i]);
+  return acc;
+}
+FASTLLM_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, i32x16 a) {
+  FASTLLM_EACH acc.part[i] = dot_u8(acc.part[i], w.part[i], a.part[i]);
+  return acc;
+}
+
+}  // namespace
+}  // namespace fastllm
