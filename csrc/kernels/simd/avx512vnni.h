@@ -1,6 +1,11 @@
 // AVX-512 (F, BW, DQ, VL) with VNNI: a vector is one zmm. See vec.h for what each primitive promises.
 #pragma once
 
+// gcc 12's own headers start unused vectors as themselves and then warn about it wherever they are inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 namespace fastllm {

@@ -43,7 +43,8 @@ inline __m128d fma_to_odd(__m128d a, __m128d b, __m128d c) {
   const __m128i step = _mm_sub_epi64(one, _mm_slli_epi64(opposite, 1));
   return _mm_castsi128_pd(_mm_add_epi64(bits, _mm_and_si128(step, _mm_and_si128(inexact, even))));
 }
-inline vf v_fma(vf a, vf b, vf c) {
+// A call, or every kernel would hold hundreds of copies of these forty instructions.
+__attribute__((noinline, unused)) vf v_fma(vf a, vf b, vf c) {
   const __m128d low = fma_to_odd(_mm_cvtps_pd(a), _mm_cvtps_pd(b), _mm_cvtps_pd(c));
   const __m128d high = fma_to_odd(_mm_cvtps_pd(_mm_movehl_ps(a, a)), _mm_cvtps_pd(_mm_movehl_ps(b, b)),
                                   _mm_cvtps_pd(_mm_movehl_ps(c, c)));
