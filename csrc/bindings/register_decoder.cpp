@@ -33,7 +33,7 @@ std::vector<double> inverse_frequencies(double base, std::int64_t rotary, double
   std::vector<double> frequencies;
   for (std::int64_t i = 0; i < rotary / 2; ++i) {
     const double factor = factors.empty() ? 1.0 : factors[static_cast<std::size_t>(i)];
-    frequencies.push_back(math::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(rotary)) /
+    frequencies.push_back(pow_double(base, -2.0 * static_cast<double>(i) / static_cast<double>(rotary)) /
                           (linear * factor));
   }
   return frequencies;

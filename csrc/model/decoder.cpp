@@ -327,11 +327,11 @@ void Decoder::embed(Team& team, const StepInput& in) {
       for (std::int64_t i = 0; i < half; ++i) {
         const auto at = static_cast<std::size_t>(i);
         double s, co;
-        math::sincos(in.positions[t] * c.inv_freq[at], &s, &co);
+        sincos_double(in.positions[t] * c.inv_freq[at], &s, &co);
         cos_.as<float>()[t * half + i] = static_cast<float>(co);
         sin_.as<float>()[t * half + i] = static_cast<float>(s);
         if (c.inv_freq_sliding.empty()) continue;
-        math::sincos(in.positions[t] * c.inv_freq_sliding[at], &s, &co);
+        sincos_double(in.positions[t] * c.inv_freq_sliding[at], &s, &co);
         cos_sliding_.as<float>()[t * half + i] = static_cast<float>(co);
         sin_sliding_.as<float>()[t * half + i] = static_cast<float>(s);
       }
