@@ -1,6 +1,7 @@
 // fastllm._core.PackedMatrix: weight matrices in the packed layouts, made from files and arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <memory>

@@ -123,7 +123,7 @@ void interleave_as_is(const std::uint8_t* data, const std::int32_t* row_order, s
 std::uint16_t checked_half(float value, std::int64_t row, std::int64_t col) {
   const std::uint16_t half = float_to_half(value);
   if ((half & 0x7fff) == 0x7c00 && std::isfinite(value))
-    throw ArgumentError("array[" + std::to_string(row) + ", " + std::to_string(col) + "]", std::to_string(value),
+    throw ArgumentError("array[" + std::to_string(row) + ", " + std::to_string(col) + "]", format_value(value),
                         "a value that fp16 holds (up to 65504)");
   return half;
 }

@@ -2,6 +2,7 @@
 #include "quant/panels.h"
 
 #include <bit>
+#include <cstring>
 #include <limits>
 #include <string>
 

@@ -5,7 +5,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <cstdio>
+#include <string>
 
 #include "quant/packed.h"
 
@@ -34,5 +35,12 @@ void check_shape(std::int64_t rows, std::int64_t cols);
 
 // Throws ArgumentError unless [begin, end) are panels of the matrix.
 void check_panels(const PackedMatrix& matrix, std::int64_t begin, std::int64_t end);
+
+// A float as errors show it.
+inline std::string format_value(float value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.9g", static_cast<double>(value));
+  return text;
+}
 
 }  // namespace fastllm

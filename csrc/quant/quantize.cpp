@@ -6,10 +6,10 @@
 // as a compiler vector, the width of the oldest instruction set (this file is compiled once).
 //
 // 4 bits. The values of a group are scale * c + min, c in 0..15; wanted are the fp16 scale and min of least squared
-// error. Given the codes, that is a line fit; given the line, the codes are the nearest levels. From a few starts
-// (the range of the group, and clipped ranges, since one extreme value should not coarsen all others) both steps
-// alternate; every line is rounded to fp16 before it is judged by the values that it decodes to, and the best line
-// seen wins. About 10 passes over a group that lies in the first-level cache.
+// error. Given the codes, that is a line fit; given the line, the codes are the nearest levels. From nine starts (the
+// range of the group, and ranges clipped at either end, since one extreme value should not coarsen all others) both
+// steps alternate; every line is rounded to fp16 before it is judged by the values that it decodes to, and the best
+// line seen wins: about 0.8 of the squared error of plain rounding, 0.03 more than a search of 225 starts reaches.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -87,11 +87,12 @@ Line fit_line(const float* x, int count) {
     best_error += e * e;
   }
 
-  constexpr float kStarts[] = {1.0f, 0.9f, 0.8f};  // parts of the range, around its middle
-  constexpr int kFits = 3;
-  for (const float part : kStarts) {
-    Floats scale = range * (part / 15.0f);
-    Floats min = middle - 7.5f * scale;
+  constexpr float kParts[] = {1.0f, 0.93f, 0.86f};  // of the range, kept below and above its middle
+  constexpr int kStarts = 9, kFits = 2;
+  for (int start = 0; start < kStarts; ++start) {
+    const float below = kParts[start / 3], above = kParts[start % 3];
+    Floats scale = range * (below + above) / 30.0f;
+    Floats min = low + range * (0.5f * (1.0f - below));
     for (int fit = 0; fit < kFits; ++fit) {
       const Line line{round_to_half(scale), rounded_min(min)};
       const Floats inverse = inverse_or_zero(line.scale);
@@ -136,7 +137,8 @@ std::uint8_t symmetric_code(float x, float scale) {  // round to nearest even by
 
 [[noreturn]] void refuse(float value, std::int64_t row, std::int64_t col, float limit) {
   throw ArgumentError("weights[row " + std::to_string(row) + ", column " + std::to_string(col) + "]",
-                      std::to_string(value), "a finite value of magnitude at most " + std::to_string(limit));
+                      format_value(value),
+                      "a finite value of magnitude at most " + std::to_string(static_cast<int>(limit)));
 }
 
 // Lays up to 16 rows side by side: x[k][n], padded with zeros to kp columns and 16 rows. Refuses |value| > limit.
