@@ -1,18 +1,18 @@
 """Tiny random checkpoints of every architecture, complete with a tokenizer, made in well under a second each.
 
-`make_model` gives a `transformers` model with random weights; `save_hf` and `save_gguf` write it down as a user would
-find it; `logits` runs it. Writing in a format that rounds weights leaves the model with the rounded ones, so that the
-model always is what the file says. Names and row orders of GGUF files come from the `gguf` package and from the
-description of llama.cpp's converter, never from fastllm's own tables.
+`make_model` gives a `transformers` model with random weights; `save_hf` and `save_gguf` write it down as a
+user would find it; `logits` runs it. Writing in a format that rounds weights leaves the model with the
+rounded ones, so that the model always is what the file says. Names and row orders of GGUF files come from the
+`gguf` package and from the description of llama.cpp's converter, never from fastllm's own tables.
 
-`read_hf` and `read_gguf` give a `MemoryCheckpoint`: fastllm's `Checkpoint`, read by the `safetensors` and `gguf`
-packages instead of fastllm's readers.
+`read_hf` and `read_gguf` give a `MemoryCheckpoint`: fastllm's `Checkpoint`, read by the `safetensors` and
+`gguf` packages instead of fastllm's readers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ import safetensors
 import tokenizers
 import torch
 import transformers
-from fastllm.formats.checkpoint import CheckpointTensor
+
+from fastllm.formats.checkpoint import CheckpointTensor, Fields
 
 VOCAB_SIZE = 300
 SIZES: dict[str, Any] = {
@@ -81,7 +82,8 @@ _GGUF_ARCH = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 
-# Where a block keeps its fp16 scale and minimum, and the minimum (in scales) that centres random codes on zero.
+# Where a block keeps its fp16 scale and minimum, and the minimum (in scales) that centres random codes on
+# zero.
 _SCALE_OFFSETS: dict[str, tuple[int, int | None, float]] = {
     "Q2_K": (80, 82, 1.5),
     "Q3_K": (108, None, 0.0),
@@ -101,7 +103,8 @@ def make_model(variant: str = "llama", *, seed: int = 0, **overrides: Any) -> An
 
 
 def randomize(model: Any, seed: int = 0) -> Any:
-    """Gives a model random weights: matrices of standard deviation 1 / sqrt(inputs), norms around what they are."""
+    """Gives a model random weights: matrices of standard deviation 1 / sqrt(inputs), norms around what they
+    are."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -133,7 +136,8 @@ def logits(model: Any, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
 
 
 def save_hf(model: Any, path: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB") -> Path:
-    """Writes a directory with config.json, safetensors (in shards of at most `shard_size`) and a tokenizer."""
+    """Writes a directory with config.json, safetensors (in shards of at most `shard_size`) and a
+    tokenizer."""
     model.to(dtype).save_pretrained(path, max_shard_size=shard_size)
     model.float()
     save_tokenizer(path)
@@ -146,8 +150,8 @@ def save_gguf(model: Any, path: Path, *, dtype: str = "F32", seed: int = 0, **me
     Types that the `gguf` package cannot make get random blocks instead of the model's weights.
 
     Args:
-        metadata: further key-value pairs under the architecture's name, with `__` for a dot; they replace those
-            that the model calls for.
+        metadata: further key-value pairs under the architecture's name, with `__` for a dot; they replace
+            those that the model calls for.
     """
     config = model.config
     arch = _GGUF_ARCH[config.model_type]
@@ -189,8 +193,8 @@ def save_gguf(model: Any, path: Path, *, dtype: str = "F32", seed: int = 0, **me
 def random_blocks(
     dtype: str, rows: int, columns: int, *, rng: np.random.Generator, std: float = 1.0
 ) -> npt.NDArray[np.uint8]:
-    """Random blocks of a quantized type, (rows, bytes): every code and sub-scale, and scales such that the decoded
-    values have about this standard deviation."""
+    """Random blocks of a quantized type, (rows, bytes): every code and sub-scale, and scales such that the
+    decoded values have about this standard deviation."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
     blocks = rng.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
     scale_at, minimum_at, minimum = _SCALE_OFFSETS[dtype]
@@ -281,7 +285,8 @@ def _deinterleave(weight: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 MERGES = (("Ġ", "t"), ("h", "e"), ("i", "n"), ("Ġt", "he"), ("e", "r"), ("Ġ", "a"), ("o", "u"), ("in", "g"))
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
@@ -338,9 +343,8 @@ class MemoryCheckpoint:
 
     kind: str
     path: Path
-    config: Mapping[str, Any]
+    config: Fields
     tensors: dict[str, CheckpointTensor]
-    generation_config: Mapping[str, Any] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
 
     def release(self, name: str) -> None:
@@ -375,16 +379,14 @@ def read_gguf(path: Path) -> MemoryCheckpoint:
         )
         for tensor in reader.tensors
     }
-    return MemoryCheckpoint("gguf", path, config, tensors)
+    return MemoryCheckpoint("gguf", path, Fields(path, config), tensors)
 
 
 def read_hf(path: Path) -> MemoryCheckpoint:
     """Reads a model directory with the `safetensors` package."""
     tensors = {t.name: t for file in sorted(path.glob("*.safetensors")) for t in _read_safetensors(file)}
     config = json.loads((path / "config.json").read_text())
-    return MemoryCheckpoint(
-        "hf", path, config, tensors, json.loads((path / "generation_config.json").read_text())
-    )
+    return MemoryCheckpoint("hf", path, Fields(path / "config.json", config), tensors)
 
 
 def _read_safetensors(file: Path) -> Iterator[CheckpointTensor]:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from fastllm.models.fields import Fields
+from fastllm.models.hyperparameters import HyperParameters
 from fastllm.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from fastllm.formats.checkpoint import Checkpoint
 
-SpecBuilder: TypeAlias = "Callable[[Fields, Checkpoint], DecoderSpec]"
+SpecBuilder: TypeAlias = "Callable[[HyperParameters, Checkpoint], DecoderSpec]"
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Architecture:
         name: the registry's name, also `DecoderSpec.architecture`.
         gguf: values of `general.architecture`.
         hf: class names in `architectures` of `config.json`.
-        from_gguf, from_hf: build the spec; hyperparameters are read through `Fields` alone, so that the
-            registry can refuse those that nobody read.
+        from_gguf, from_hf: build the spec; hyperparameters are read through `HyperParameters` alone, so that
+            the registry can refuse those that nobody read.
         harmless: hyperparameters, besides the common ones, that cannot change the answer.
     """
 

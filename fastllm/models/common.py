@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastllm.models.fields import Fields
+from fastllm.models.hyperparameters import HyperParameters
 from fastllm.models.rope import gguf_rope, hf_rope
 from fastllm.models.tensors import GGUF_TENSORS, HF_TENSORS
 
@@ -45,8 +45,8 @@ HF_HARMLESS = frozenset(
 token ids and generation defaults, which other parts read from their own files."""
 
 
-def gguf_decoder(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sizes, rope, norms and head of a GGUF file; `fields` are those of its architecture.
+def gguf_decoder(params: HyperParameters, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes, rope, norms and head of a GGUF file; `params` are those of its architecture.
 
     A head is tied when the file has no `output.weight`.
 
@@ -54,34 +54,34 @@ def gguf_decoder(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
         ModelFileError: a hyperparameter or the embedding is missing, or has a wrong type or range.
         UnsupportedModelError: experts, a value head of another width, non-causal attention.
     """
-    fields.expect("attention.causal", True)
+    params.expect("attention.causal", True)
     for absent in ("expert_count", "expert_used_count", "attention.clamp_kqv", "attention.max_alibi_bias"):
-        fields.expect(absent, 0, 0.0)
-    fields.expect("use_parallel_residual", False)
-    dim = fields.integer("embedding_length")
-    heads = fields.integer("attention.head_count")
-    if not fields.has("attention.key_length") and dim % heads:
-        raise fields.bad("attention.head_count", f"{heads} does not divide embedding_length {dim}")
-    head_dim = fields.integer("attention.key_length", dim // heads)
-    fields.expect("attention.value_length", head_dim)
-    rotary_dim = fields.integer("rope.dimension_count", head_dim)
-    layers = fields.integer("block_count", most=1024)
-    window = fields.integer("attention.sliding_window", 0, least=0)
+        params.expect(absent, 0, 0.0)
+    params.expect("use_parallel_residual", False)
+    dim = params.integer("embedding_length")
+    heads = params.integer("attention.head_count")
+    if not params.has("attention.key_length") and dim % heads:
+        raise params.error("attention.head_count", f"{heads} does not divide embedding_length {dim}")
+    head_dim = params.integer("attention.key_length", dim // heads)
+    params.expect("attention.value_length", head_dim)
+    rotary_dim = params.integer("rope.dimension_count", head_dim)
+    layers = params.integer("block_count", most=1024)
+    window = params.integer("attention.sliding_window", 0, least=0)
     embedding = checkpoint.tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else 0
     return dict(
         source=str(checkpoint.path),
-        vocab_size=fields.integer("vocab_size", rows) if rows else fields.integer("vocab_size"),
+        vocab_size=params.integer("vocab_size", rows) if rows else params.integer("vocab_size"),
         dim=dim,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=fields.integer("attention.head_count_kv", heads),
+        num_kv_heads=params.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
-        ffn_dim=fields.integer("feed_forward_length"),
-        context_length=fields.integer("context_length"),
-        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        ffn_dim=params.integer("feed_forward_length"),
+        context_length=params.integer("context_length"),
+        norm_eps=params.number("attention.layer_norm_rms_epsilon"),
         rotary_dim=rotary_dim,
-        **gguf_rope(fields, checkpoint, rotary_dim),
+        **gguf_rope(params, checkpoint, rotary_dim),
         sliding_window=window,
         sliding_layers=(True,) * layers if window else (),
         tied_head="output.weight" not in checkpoint.tensors,
@@ -89,7 +89,7 @@ def gguf_decoder(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
     )
 
 
-def hf_decoder(fields: Fields) -> dict[str, Any]:
+def hf_decoder(params: HyperParameters) -> dict[str, Any]:
     """Sizes, rope, norms and head from a `config.json`, under the names that Llama's configuration
     introduced.
 
@@ -98,36 +98,36 @@ def hf_decoder(fields: Fields) -> dict[str, Any]:
         UnsupportedModelError: an activation other than SiLU, or a variant of rope or attention that is not
             implemented.
     """
-    fields.expect("hidden_act", "silu")
-    fields.expect("is_encoder_decoder", False)
-    fields.expect("add_cross_attention", False)
-    fields.expect("rope_interleaved", False)
-    fields.expect("use_mrope", False)
-    dim = fields.integer("hidden_size")
-    heads = fields.integer("num_attention_heads")
-    if not fields.has("head_dim") and dim % heads:
-        raise fields.bad("num_attention_heads", f"{heads} does not divide hidden_size {dim}")
-    head_dim = fields.integer("head_dim", dim // heads)
-    context = fields.integer("max_position_embeddings")
+    params.expect("hidden_act", "silu")
+    params.expect("is_encoder_decoder", False)
+    params.expect("add_cross_attention", False)
+    params.expect("rope_interleaved", False)
+    params.expect("use_mrope", False)
+    dim = params.integer("hidden_size")
+    heads = params.integer("num_attention_heads")
+    if not params.has("head_dim") and dim % heads:
+        raise params.error("num_attention_heads", f"{heads} does not divide hidden_size {dim}")
+    head_dim = params.integer("head_dim", dim // heads)
+    context = params.integer("max_position_embeddings")
     return dict(
-        source=fields.source,
-        vocab_size=fields.integer("vocab_size"),
+        source=params.source,
+        vocab_size=params.integer("vocab_size"),
         dim=dim,
-        num_layers=fields.integer("num_hidden_layers", most=1024),
+        num_layers=params.integer("num_hidden_layers", most=1024),
         num_heads=heads,
-        num_kv_heads=fields.integer("num_key_value_heads", heads),
+        num_kv_heads=params.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        ffn_dim=fields.integer("intermediate_size"),
+        ffn_dim=params.integer("intermediate_size"),
         context_length=context,
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_eps=params.number("rms_norm_eps", 1e-6),
         rotary_dim=head_dim,
-        **hf_rope(fields, head_dim, context),
-        tied_head=fields.boolean("tie_word_embeddings", False),
+        **hf_rope(params, head_dim, context),
+        tied_head=params.boolean("tie_word_embeddings", False),
         tensors=HF_TENSORS,
     )
 
 
-def hf_qwen_windows(fields: Fields, num_layers: int) -> dict[str, Any]:
+def hf_qwen_windows(params: HyperParameters, num_layers: int) -> dict[str, Any]:
     """Sliding windows as Qwen 2 and 3 configure them: off unless `use_sliding_window`, then from layer
     `max_window_layers` on; `layer_types` (transformers 5) says it per layer and wins.
 
@@ -135,19 +135,19 @@ def hf_qwen_windows(fields: Fields, num_layers: int) -> dict[str, Any]:
         ModelFileError: a field is missing or has a wrong type or length.
         UnsupportedModelError: a kind of layer other than full and sliding attention.
     """
-    first = fields.integer("max_window_layers", num_layers, least=0)
-    window = fields.integer("sliding_window", 0, least=0)
-    if not fields.boolean("use_sliding_window", False):
+    first = params.integer("max_window_layers", num_layers, least=0)
+    window = params.integer("sliding_window", 0, least=0)
+    if not params.boolean("use_sliding_window", False):
         window = 0
     layers = [i >= first for i in range(num_layers)]
-    if types := fields.strings("layer_types"):
+    if types := params.strings("layer_types"):
         if len(types) != num_layers:
-            raise fields.bad("layer_types", f"expected {num_layers} entries, got {len(types)}")
+            raise params.error("layer_types", f"expected {num_layers} entries, got {len(types)}")
         if set(types) - {"full_attention", "sliding_attention"}:
-            raise fields.unsupported("layer_types")
+            raise params.unsupported("layer_types", "a kind of layer that is not implemented")
         layers = [kind == "sliding_attention" for kind in types]
     if window == 0 and types and any(layers):
-        raise fields.bad("layer_types", "sliding attention without a sliding_window")
+        raise params.error("layer_types", "sliding attention without a sliding_window")
     if window == 0 or not any(layers):
         return {}
     return {"sliding_window": window, "sliding_layers": tuple(layers)}

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from fastllm.models.architecture import Architecture
 from fastllm.models.common import gguf_decoder, hf_decoder
-from fastllm.models.fields import Fields
+from fastllm.models.hyperparameters import HyperParameters
 from fastllm.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from fastllm.formats.checkpoint import Checkpoint
 
 
-def from_gguf(fields: Fields, checkpoint: Checkpoint) -> DecoderSpec:
+def from_gguf(params: HyperParameters, checkpoint: Checkpoint) -> DecoderSpec:
     """From a GGUF file of architecture "llama"; biases are there when the first layer has them."""
 
     def has(part: str) -> bool:
@@ -26,7 +26,7 @@ def from_gguf(fields: Fields, checkpoint: Checkpoint) -> DecoderSpec:
 
     return DecoderSpec(
         architecture="llama",
-        **gguf_decoder(fields, checkpoint),
+        **gguf_decoder(params, checkpoint),
         qk_row_order="interleaved",
         qkv_bias=has("attn_q"),
         o_bias=has("attn_output"),
@@ -34,19 +34,20 @@ def from_gguf(fields: Fields, checkpoint: Checkpoint) -> DecoderSpec:
     )
 
 
-def from_hf(fields: Fields, checkpoint: Checkpoint) -> DecoderSpec:
+def from_hf(params: HyperParameters, checkpoint: Checkpoint) -> DecoderSpec:
     """From a directory with `LlamaForCausalLM` or `MistralForCausalLM` in its `config.json`."""
-    values = hf_decoder(fields)
-    attention_bias = fields.boolean("attention_bias", False)
-    if fields.strings("architectures") == ["MistralForCausalLM"]:
-        window = fields.integer("sliding_window", 0, least=0)
+    values = hf_decoder(params)
+    attention_bias = params.boolean("attention_bias", False)
+    if params.strings("architectures") == ["MistralForCausalLM"]:
+        # Null switches the window off; a configuration without the field means Mistral's own default.
+        window = params.integer("sliding_window", 0 if params.given("sliding_window") else 4096, least=0)
         values.update(sliding_window=window, sliding_layers=(True,) * values["num_layers"] if window else ())
     return DecoderSpec(
         architecture="llama",
         **values,
         qkv_bias=attention_bias,
         o_bias=attention_bias,
-        mlp_bias=fields.boolean("mlp_bias", False),
+        mlp_bias=params.boolean("mlp_bias", False),
     )
 
 

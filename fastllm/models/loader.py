@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _SHOWN = 8  # names listed in a message
 
 _FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MATRIX_TYPES = frozenset(
+    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()  # noqa: SIM905
+)
 _REORDERED = frozenset({"q", "k", "q_bias", "k_bias"})
 
 
@@ -69,7 +72,8 @@ def iter_tensors(checkpoint: Checkpoint, spec: DecoderSpec, *, release: bool = F
 
     Raises:
         ModelFileError: a tensor is missing, superfluous, or of the wrong shape.
-        UnsupportedModelError: a vector, or a matrix to be transposed, is quantized.
+        UnsupportedModelError: a tensor has a type that is not implemented for it: vectors, and matrices that
+            are stored transposed, must be floating-point.
     """
     plans = list(_plan(spec))
     _check(checkpoint, spec, plans)
@@ -182,8 +186,9 @@ def _check_shape(path: str, spec: DecoderSpec, plan: _Plan, tensor: CheckpointTe
     if tuple(tensor.shape) != tuple(expected):
         named = ", ".join(f"{symbol} = {size}" for symbol, size in zip(symbols, expected, strict=True))
         raise ModelFileError(path, f"expected shape ({named}), found {tuple(tensor.shape)}", tensor=plan.name)
-    if (len(expected) == 1 or plan.transposed) and tensor.dtype not in _FLOAT_BYTES:
-        kind = "transposed matrix" if plan.transposed else "vector"
+    float_only = len(expected) == 1 or plan.transposed
+    if tensor.dtype not in (_FLOAT_BYTES if float_only else _MATRIX_TYPES):
+        kind = "transposed matrix" if plan.transposed else "vector" if float_only else "matrix"
         raise UnsupportedModelError(f"{path}: tensor {plan.name}: a {tensor.dtype} {kind} is not supported")
 
 

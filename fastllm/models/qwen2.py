@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING
 
 from fastllm.models.architecture import Architecture
 from fastllm.models.common import gguf_decoder, hf_decoder, hf_qwen_windows
-from fastllm.models.fields import Fields
+from fastllm.models.hyperparameters import HyperParameters
 from fastllm.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from fastllm.formats.checkpoint import Checkpoint
 
 
-def from_gguf(fields: Fields, checkpoint: Checkpoint) -> DecoderSpec:
+def from_gguf(params: HyperParameters, checkpoint: Checkpoint) -> DecoderSpec:
     """From a GGUF file of architecture "qwen2"."""
-    return DecoderSpec(architecture="qwen2", **gguf_decoder(fields, checkpoint), qkv_bias=True)
+    return DecoderSpec(architecture="qwen2", **gguf_decoder(params, checkpoint), qkv_bias=True)
 
 
-def from_hf(fields: Fields, checkpoint: Checkpoint) -> DecoderSpec:
+def from_hf(params: HyperParameters, checkpoint: Checkpoint) -> DecoderSpec:
     """From a directory with `Qwen2ForCausalLM` in its `config.json`."""
-    values = hf_decoder(fields)
-    values.update(hf_qwen_windows(fields, values["num_layers"]))
+    values = hf_decoder(params)
+    values.update(hf_qwen_windows(params, values["num_layers"]))
     return DecoderSpec(architecture="qwen2", **values, qkv_bias=True)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastllm.errors import UnsupportedModelError
 from fastllm.models import llama, qwen2, qwen3
 from fastllm.models.architecture import Architecture
 from fastllm.models.common import GGUF_HARMLESS, HF_HARMLESS
-from fastllm.models.fields import Fields
+from fastllm.models.hyperparameters import HyperParameters
 from fastllm.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -38,33 +37,29 @@ def spec_from_checkpoint(checkpoint: Checkpoint) -> DecoderSpec:
 
 
 def _from_gguf(checkpoint: Checkpoint) -> DecoderSpec:
-    path = str(checkpoint.path)
-    general = Fields(path, checkpoint.config, "general.")
+    general = HyperParameters(checkpoint.config, "general.")
     general.expect("type", "model")
+    HyperParameters(checkpoint.config, "split.").expect("count", 0, 1)
     name = general.string("architecture")
-    Fields(path, checkpoint.config, "split.").expect("count", 0, 1)
     for architecture in ARCHITECTURES:
         if name in architecture.gguf:
-            fields = Fields(path, checkpoint.config, name + ".")
-            spec = architecture.from_gguf(fields, checkpoint)
-            fields.finish(GGUF_HARMLESS | architecture.harmless)
+            params = HyperParameters(checkpoint.config, name + ".")
+            spec = architecture.from_gguf(params, checkpoint)
+            params.finish(GGUF_HARMLESS | architecture.harmless)
             return spec
-    raise _unknown(general.key("architecture"), name, path, [n for a in ARCHITECTURES for n in a.gguf])
+    known = ", ".join(name for architecture in ARCHITECTURES for name in architecture.gguf)
+    raise general.unsupported("architecture", f"is not implemented; there are {known}")
 
 
 def _from_hf(checkpoint: Checkpoint) -> DecoderSpec:
-    path = str(checkpoint.path / "config.json")
-    fields = Fields(path, checkpoint.config)
-    names = fields.strings("architectures")
+    params = HyperParameters(checkpoint.config)
+    names = params.strings("architectures")
     if len(names) != 1:
-        raise fields.bad("architectures", f"expected the name of one class, got {names!r}")
+        raise params.error("architectures", f"expected the name of one class, got {len(names)}")
     for architecture in ARCHITECTURES:
         if names[0] in architecture.hf:
-            spec = architecture.from_hf(fields, checkpoint)
-            fields.finish(HF_HARMLESS | architecture.harmless)
+            spec = architecture.from_hf(params, checkpoint)
+            params.finish(HF_HARMLESS | architecture.harmless)
             return spec
-    raise _unknown("architectures", names[0], path, [n for a in ARCHITECTURES for n in a.hf])
-
-
-def _unknown(key: str, name: str, path: str, known: list[str]) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{path}: {key} = {name!r} is not implemented; there are {', '.join(known)}")
+    known = ", ".join(name for architecture in ARCHITECTURES for name in architecture.hf)
+    raise params.unsupported("architectures", f"is not implemented; there are {known}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from fastllm.errors import ModelFileError
-from fastllm.models.fields import Fields
+from fastllm.models.hyperparameters import HyperParameters
 from fastllm.models.loader import to_float32
 
 if TYPE_CHECKING:
@@ -21,57 +21,57 @@ if TYPE_CHECKING:
 
 
 class Rope(TypedDict):
-    """The rope fields of a `DecoderSpec`."""
+    """The rope params of a `DecoderSpec`."""
 
     rope_base: float
     rope_linear_factor: float
     rope_factors: tuple[float, ...]
 
 
-def gguf_rope(fields: Fields, checkpoint: Checkpoint, rotary_dim: int) -> Rope:
+def gguf_rope(params: HyperParameters, checkpoint: Checkpoint, rotary_dim: int) -> Rope:
     """From `rope.*` metadata and the tensor `rope_freqs.weight`.
 
     Raises:
         ModelFileError: a field has a wrong type or range, or the tensor a wrong shape.
         UnsupportedModelError: a scaling other than none and linear.
     """
-    fields.expect("rope.scaling.type", "none", "linear")
-    fields.expect("rope.scaling.attn_factor", 1.0, 1, 0.0)
-    fields.expect("rope.scaling.alpha", 0.0, 0)
-    kind = fields.string("rope.scaling.type", "linear")  # a factor without a type is linear
-    legacy = fields.number("rope.scale_linear", 1.0)
-    factor = fields.number("rope.scaling.factor", legacy)
+    params.expect("rope.scaling.type", "none", "linear")
+    params.expect("rope.scaling.attn_factor", 1.0, 1, 0.0)
+    params.expect("rope.scaling.alpha", 0.0, 0)
+    kind = params.string("rope.scaling.type", "linear")  # a factor without a type is linear
+    legacy = params.number("rope.scale_linear", 1.0)
+    factor = params.number("rope.scaling.factor", legacy)
     factors: tuple[float, ...] = ()
     if (tensor := checkpoint.tensors.get("rope_freqs.weight")) is not None:
         if tuple(tensor.shape) != (rotary_dim // 2,) or tensor.dtype != "F32":
             raise ModelFileError(
-                fields.source,
+                params.source,
                 f"expected F32 (rope.dimension_count/2 = {rotary_dim // 2}), "
                 f"found {tensor.dtype} {tuple(tensor.shape)}",
                 tensor=tensor.name,
             )
         factors = tuple(float(f) for f in to_float32(tensor))
     return Rope(
-        rope_base=fields.number("rope.freq_base", 10000.0),
+        rope_base=params.number("rope.freq_base", 10000.0),
         rope_linear_factor=1.0 if kind == "none" else factor,
         rope_factors=factors,
     )
 
 
-def hf_rope(fields: Fields, rotary_dim: int, context_length: int) -> Rope:
+def hf_rope(params: HyperParameters, rotary_dim: int, context_length: int) -> Rope:
     """From `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before).
 
     Raises:
         ModelFileError: a field has a wrong type or range.
         UnsupportedModelError: a scaling other than default, linear and llama3, or a partial rotation.
     """
-    scaling = fields.section("rope_scaling" if fields.has("rope_scaling") else "rope_parameters")
+    scaling = params.section("rope_scaling" if params.has("rope_scaling") else "rope_parameters")
     kind = scaling.string("rope_type", scaling.string("type", "default"))
     scaling.expect("rope_type", "default", "linear", "llama3")
     scaling.expect("type", "default", "linear", "llama3")
     scaling.expect("partial_rotary_factor", 1.0, 1)
-    fields.expect("partial_rotary_factor", 1.0, 1)
-    base = scaling.number("rope_theta", fields.number("rope_theta", 10000.0))
+    params.expect("partial_rotary_factor", 1.0, 1)
+    base = scaling.number("rope_theta", params.number("rope_theta", 10000.0))
     linear = 1.0
     factors: tuple[float, ...] = ()
     if kind == "linear":
@@ -84,7 +84,7 @@ def hf_rope(fields: Fields, rotary_dim: int, context_length: int) -> Rope:
             factor=scaling.number("factor"),
             low_freq_factor=scaling.number("low_freq_factor"),
             high_freq_factor=scaling.number("high_freq_factor"),
-            original_context=fields.integer("original_max_position_embeddings", original),
+            original_context=params.integer("original_max_position_embeddings", original),
         )
     scaling.finish()
     return Rope(rope_base=base, rope_linear_factor=linear, rope_factors=factors)
