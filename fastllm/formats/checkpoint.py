@@ -112,15 +112,19 @@ class Fields(Mapping[str, Any]):
     ) -> int:
         """An integer of any width, within `minimum` and `maximum` (both inclusive)."""
         value = self._get(key, default, (int,), int)
+        bounds = [f"at least {minimum}"] if minimum is not None else []
+        bounds += [f"at most {maximum}"] if maximum is not None else []
         if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-            low = "" if minimum is None else f" of at least {minimum}"
-            high = "" if maximum is None else f" of at most {maximum}"
-            raise self.error(key, f"expected {self.names[int]}{low or high}{low and high}, got {value}")
+            raise self.error(key, f"expected {self.names[int]} of {' and '.join(bounds)}, got {value}")
         return int(value)
 
     def number(self, key: str, default: float | Missing = REQUIRED) -> float:
         """A finite floating-point number."""
-        value = float(self._get(key, default, self.number_types, float))
+        given = self._get(key, default, self.number_types, float)
+        try:
+            value = float(given)
+        except OverflowError:  # an integer of more than 308 digits
+            value = math.inf
         if not math.isfinite(value):
             raise self.error(key, f"expected finite {self.names[float]}, got {value}")
         return value

@@ -45,10 +45,11 @@ class GGMLType(IntEnum):
     MXFP4 = 39
     NVFP4 = 40
     Q1_0 = 41
+    Q2_0 = 42
 
 
-# (weights in a block, bytes of a block). The terms are the fields of a block in the file's order of
-# magnitude: packed weights, then scales and minimums.
+# (weights in a block, bytes of a block). The terms are the fields of a block by size: packed weights first,
+# scales and minimums last; a block in the file may hold them in another order.
 BLOCK_SIZES: dict[GGMLType, tuple[int, int]] = {
     GGMLType.F32: (1, 4),
     GGMLType.F16: (1, 2),
@@ -84,6 +85,7 @@ BLOCK_SIZES: dict[GGMLType, tuple[int, int]] = {
     GGMLType.MXFP4: (32, 16 + 1),
     GGMLType.NVFP4: (64, 32 + 4),
     GGMLType.Q1_0: (128, 16 + 2),
+    GGMLType.Q2_0: (64, 16 + 2),
 }
 
 # Numbers that once had a meaning; named so that an error can say what the file needs.

@@ -132,10 +132,10 @@ class Cursor:
             offset=self.position if offset is None else offset,
         )
 
-    def take(self, nbytes: int, what: str) -> int:
-        """Step over `nbytes` bytes and return where they begin."""
+    def take(self, nbytes: int, what: str, blame: int | None = None) -> int:
+        """Step over `nbytes` bytes and return where they begin; an error is put at `blame` or there."""
         if nbytes > self.left:
-            self.fail(f"truncated: {what} takes {nbytes} bytes, {self.left} are left in the file")
+            self.fail(f"truncated: {what} takes {nbytes} bytes, {self.left} are left in the file", blame)
         start = self.position
         self.position += nbytes
         return start
@@ -151,7 +151,7 @@ class Cursor:
         length = self.u64(f"the length of {what}")
         if length > limit:
             self.fail(f"{what} of {length} bytes is longer than {limit}", start)
-        begin = self.take(length, what)
+        begin = self.take(length, what, start)
         return bytes(self._buffer[begin : self.position])
 
     def name(self, what: str, limit: int) -> str:
