@@ -1,5 +1,7 @@
-// Aligned, zero-initialised memory with one owner.
+// Memory with one owner: aligned buffers for weights and activations, mapped ones for the KV cache.
 #pragma once
+
+#include <sys/mman.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -55,6 +57,38 @@ class AlignedBuffer {
     void operator()(std::uint8_t* p) const { std::free(p); }
   };
   std::unique_ptr<std::uint8_t, Free> data_;
+  std::size_t size_ = 0;
+};
+
+// Anonymous pages straight from the kernel: zero until written, resident only once touched, and given back whole when
+// the owner goes.
+class MappedBuffer {
+ public:
+  MappedBuffer() = default;
+  // Throws std::bad_alloc.
+  explicit MappedBuffer(std::size_t bytes) : size_(bytes) {
+    if (bytes == 0) return;
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<std::uint8_t*>(p);
+    madvise(data_, bytes, MADV_HUGEPAGE);  // a wish: kernels without huge pages refuse it
+  }
+  MappedBuffer(MappedBuffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  MappedBuffer& operator=(MappedBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~MappedBuffer() {
+    if (data_ != nullptr) munmap(data_, size_);
+  }
+
+  std::size_t size() const { return size_; }
+  std::uint8_t* data() { return data_; }
+
+ private:
+  std::uint8_t* data_ = nullptr;
   std::size_t size_ = 0;
 };
 

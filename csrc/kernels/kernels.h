@@ -37,6 +37,7 @@ enum class Codes : uint8_t { u4, u5, u6, u8, f16, bf16, f32 };
 //              float(scales[.., k/256, n]) * float(subscales[.., k/group, n]), rounded to fp32
 //   mins       fp16, shaped as scales, or null
 //   submins    uint8, shaped as subscales, or null; likewise float(mins) * float(submins)
+// A matrix with minimums has zero = 0.
 struct PackedView {
   const uint8_t* codes;
   const uint8_t* extra;
@@ -53,12 +54,21 @@ struct PackedView {
   Codes kind;
 };
 
-// Quantized activations: x[m, k] ~ scale[m, k/32] * q[m, k].
+// Quantized activations: x[m, k] ~ scale[m, k/32] * q[m, k]. A group that holds a NaN or an infinity has scale NaN and
+// codes 0, so that it stays visible.
 struct QuantizedRows {
-  int8_t* q;       // (M, kp), in [-127, 127], 0 past K
-  float* scale;    // (M, kp/32)
-  int32_t* sums;   // (M, kp/16): sum of q over 16 columns
+  int8_t* q;         // (M, kp), in [-127, 127], 0 past K
+  float* scale;      // (M, kp/32)
+  int32_t* sums16;   // (M, kp/16): minus the sum of q over 16 columns
+  int32_t* sums32;   // (M, kp/32): minus the sum of q over 32 columns
+  float* fsums16;    // (M, kp/16): scale * sum of q, what a minimum is multiplied by
+  float* fsums32;    // (M, kp/32)
   int64_t kp;
+
+  QuantizedRows from_row(int64_t m) const {
+    const int64_t a = m * (kp / 16), b = m * (kp / 32);
+    return {q + m * kp, scale + b, sums16 + a, sums32 + b, fsums16 + a, fsums32 + b, kp};
+  }
 };
 
 enum class KvType : uint8_t { f32, f16, bf16, i8 };
@@ -109,7 +119,7 @@ struct Kernels {
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t rows, int64_t k, const QuantizedRows* out);
 
   // y[m, n] (+)= sum_k w[n, k] x[m, k] for the panels [panel_begin, panel_end); y: (rows, ldy), column n at y[n].
-  // `scratch` holds at least matmul_scratch_bytes(w). accumulate: add to what y holds.
+  // `scratch` holds at least matmul_scratch_bytes(w), 64-byte aligned. accumulate: add to what y holds.
   void (*matmul_q)(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
                    int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch);
   void (*matmul_f)(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
@@ -125,9 +135,9 @@ struct Kernels {
   void (*layer_norm)(const float* x, int64_t ldx, const float* weight, const float* bias, float eps, int64_t rows,
                      int64_t dim, float* y, int64_t ldy);
   // Rotates, in place, `heads` heads of head_dim in each row: pairs (i, i + rotary/2), i < rotary/2.
-  // cos, sin: (positions, rotary/2). x: (rows, ldx).
+  // cos, sin: (rows, rotary/2). x: (rows, ldx).
   void (*rope)(float* x, int64_t ldx, int64_t rows, int64_t heads, int64_t head_dim, int64_t rotary,
-               const int32_t* positions, const float* cos, const float* sin);
+               const float* cos, const float* sin);
   // y = act(gate) * up, elementwise; y may be gate.
   void (*silu_mul)(const float* gate, const float* up, float* y, int64_t n);
   void (*gelu_tanh_mul)(const float* gate, const float* up, float* y, int64_t n);
