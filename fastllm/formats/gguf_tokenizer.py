@@ -60,7 +60,7 @@ class GGUFCodec:
         self.bos_token_id = vocab.bos_id
         self.eos_token_id = vocab.eos_id
         self.end_ids = vocab.end_ids
-        self.special_ids = frozenset(i for i in range(self.vocab_size) if vocab.is_control(i))
+        self.special_ids = vocab.control_ids
         self.special_tokens = _names(vocab)
         self._encode_plain: Callable[[str], list[int]]
         if self._is_bpe:
@@ -176,11 +176,25 @@ def _space_swallowing(vocab: Vocabulary, model_name: str) -> frozenset[int]:
 
 
 def _is_utf8(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _plain(vocab: Vocabulary) -> dict[str, int]:
+    """The tokens that plain text may become."""
+    plain = vocab.ids.copy()
+    for token in vocab.control_ids:
+        del plain[vocab.texts[token]]
+    if not _is_utf8("".join(vocab.texts)):  # no text is made of such tokens
+        plain = {text: token for text, token in plain.items() if _is_utf8(text)}
+    return plain
 
 
 def _merger(vocab: Vocabulary) -> ScoreMerger:
-    plain = {text: i for text, i in vocab.ids.items() if not vocab.is_control(i)}
+    plain = _plain(vocab)
     byte_ids = [plain.get(f"<0x{byte:02X}>", plain.get(chr(byte)) if byte < 0x80 else None) for byte in range(256)]
     return ScoreMerger(plain, vocab.scores, byte_ids, vocab.unknown_id)
 
@@ -203,7 +217,7 @@ class _ByteLevel:
         if len(merges) != len(lines):
             bad = next(line for line in lines if not line[1:].partition(" ")[2])
             raise reader.error(key, f"expected two texts and a space between them, got {bad!r}")
-        plain = {text: i for text, i in vocab.ids.items() if not vocab.is_control(i) and _is_utf8(text)}
+        plain = _plain(vocab)
         self._stand_ins: dict[int, list[int]] = {}
         for character in CHARACTER_BYTES:
             self._ensure(plain, vocab, character)

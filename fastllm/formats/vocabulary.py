@@ -29,6 +29,8 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
+_CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
+
 # Token texts that end generation wherever they occur, whatever type the file gives them.
 END_TEXTS = frozenset(
     (
@@ -79,7 +81,9 @@ class Vocabulary:
     Attributes:
         texts: text of each token as the file spells it; bytes that are not UTF-8 as surrogate escapes.
         types: `TokenType` of each token; texts known as control tokens are CONTROL whatever the file says.
+        ids: text -> token.
         scores: priority of each token in SentencePiece merges, 0.0 without `tokenizer.ggml.scores`.
+        control_ids: tokens that stand for no text.
         end_ids: every token that ends a sequence.
     """
 
@@ -91,10 +95,8 @@ class Vocabulary:
     eos_id: int | None
     unknown_id: int | None
     pad_id: int | None
+    control_ids: frozenset[int]
     end_ids: frozenset[int]
-
-    def is_control(self, token: int) -> bool:
-        return self.types[token] in (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
 class Reader:
@@ -129,7 +131,7 @@ class Reader:
 
     def strings(self, key: str) -> list[str]:
         values = self.array(key)
-        if not all(isinstance(value, str) for value in values):
+        if set(map(type, values)) - {str}:
             raise self.error(key, "expected an array of strings")
         return values
 
@@ -201,6 +203,7 @@ def read_vocabulary(
         eos_id=eos_id,
         unknown_id=unknown_id,
         pad_id=pad_id,
+        control_ids=frozenset(i for i, kind in enumerate(types) if kind in _CONTROL),
         end_ids=frozenset(token for token in ends if token is not None),
     )
 
