@@ -24,7 +24,21 @@ from fastllm.sampling_params import SamplingParams
 MASK = 2**64 - 1
 WEIGHTS = np.random.default_rng(7).integers(0, 2**63, size=4096, dtype=np.uint64) * 2 + 1
 
-PIECES = [b"<eos>", b"<end>", b"a", b"b", b"c", b"ab", b"ba", b" ", b"abc", b"\xc3", b"\xa9", b"\xc3\xa9", b"x"]
+PIECES = [
+    b"<eos>",
+    b"<end>",
+    b"a",
+    b"b",
+    b"c",
+    b"ab",
+    b"ba",
+    b" ",
+    b"abc",
+    b"\xc3",
+    b"\xa9",
+    b"\xc3\xa9",
+    b"x",
+]
 EOS = 0
 
 
@@ -67,7 +81,9 @@ def choose(row: Row, vocab_size: int) -> int:
         state = mix(state, row.seed, row.sample_index, row.position, row.filters[0])
         state = mix(state, int(row.temperature * 1000), *(int(item * 1000) for item in row.filters[1:]))
     if row.penalties != (0.0, 0.0, 1.0):
-        state = mix(state, *(int(item * 1000) for item in row.penalties), row.history_prompt_len, *row.history)
+        state = mix(
+            state, *(int(item * 1000) for item in row.penalties), row.history_prompt_len, *row.history
+        )
     for token, value in row.bias:
         state = mix(state, token, int(value * 1000))
     while (token := mix(state) % vocab_size) in row.banned:
@@ -223,7 +239,9 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
         starts = getattr(batch, f"{start}_start")
         assert starts[0] == 0
         assert (np.diff(starts) >= 0).all()
-        bodies = {"bias": ("bias_ids", "bias_values"), "banned": ("banned_ids",), "history": ("history",)}[name]
+        bodies = {"bias": ("bias_ids", "bias_values"), "banned": ("banned_ids",), "history": ("history",)}[
+            name
+        ]
         for body in bodies:
             lengths[body] = int(starts[-1])
     floats = {"temperature", "top_p", "min_p", "presence", "frequency", "repetition", "bias_values"}

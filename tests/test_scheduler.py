@@ -1,4 +1,4 @@
-"""The scheduler: every edge of its states, every bound, and machines that search for a lost block or token."""
+"""The scheduler: every edge of its states, every bound, and machines that search for a lost token."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def test_a_prompt_that_fills_the_pool_exactly_yields_the_one_token_that_needs_no
     assert (item.num_output, item.finish_reason) == (1, "length")
 
 
-@given(prompt=st.integers(1, 12), blocks=st.integers(1, 4), length=st.integers(2, 20), most=st.integers(1, 20))
+@given(
+    prompt=st.integers(1, 12), blocks=st.integers(1, 4), length=st.integers(2, 20), most=st.integers(1, 20)
+)
 def test_a_lone_sequence_ends_at_the_bound_known_at_admission(
     prompt: int, blocks: int, length: int, most: int
 ) -> None:
@@ -292,7 +294,9 @@ def test_finish_from_outside() -> None:
 # ---- abort ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["waiting", "mid-prefill", "decoding", "preempted", "in flight", "last step"])
+@pytest.mark.parametrize(
+    "when", ["waiting", "mid-prefill", "decoding", "preempted", "in flight", "last step"]
+)
 def test_abort_in_every_state_gives_all_blocks_back(when: str) -> None:
     scheduler = make(num_blocks=6, budget=4)
     executor = executor_of(scheduler)
@@ -309,7 +313,9 @@ def test_abort_in_every_state_gives_all_blocks_back(when: str) -> None:
         "decoding": lambda: item.num_output > 1,
         "preempted": lambda: item.state == "preempted",
         "in flight": lambda: item.num_output > 1,
-        "last step": lambda: item.num_tokens == item.length_limit - 1 and item.num_computed == item.num_tokens - 1,
+        "last step": lambda: (
+            item.num_tokens == item.length_limit - 1 and item.num_computed == item.num_tokens - 1
+        ),
     }[when]
     if when == "last step":
         scheduler.abort(other)
