@@ -11,6 +11,7 @@ rounded ones, so that the model always is what the file says. Names and row orde
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ import torch
 import transformers
 
 from fastllm.formats.checkpoint import CheckpointTensor, Fields
+
+torch.set_num_threads(1)  # these models are too small for more, and tests share the machine
 
 VOCAB_SIZE = 300
 SIZES: dict[str, Any] = {
@@ -85,6 +88,11 @@ _GGUF_ARCH = {
 # Where a block keeps its fp16 scale and minimum, and the minimum (in scales) that centres random codes on
 # zero.
 _SCALE_OFFSETS: dict[str, tuple[int, int | None, float]] = {
+    "Q4_0": (0, None, 0.0),
+    "Q4_1": (0, 2, -7.5),
+    "Q5_0": (0, None, 0.0),
+    "Q5_1": (0, 2, -15.5),
+    "Q8_0": (0, None, 0.0),
     "Q2_K": (80, 82, 1.5),
     "Q3_K": (108, None, 0.0),
     "Q4_K": (0, 2, 7.5),
@@ -93,6 +101,8 @@ _SCALE_OFFSETS: dict[str, tuple[int, int | None, float]] = {
     "IQ4_NL": (0, None, 0.0),
     "IQ4_XS": (0, None, 0.0),
 }
+
+_NOT_MADE_BY_GGUF = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
 def make_model(variant: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
@@ -138,8 +148,11 @@ def logits(model: Any, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
 def save_hf(model: Any, path: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB") -> Path:
     """Writes a directory with config.json, safetensors (in shards of at most `shard_size`) and a
     tokenizer."""
-    model.to(dtype).save_pretrained(path, max_shard_size=shard_size)
-    model.float()
+    # A copy: converting the model itself would round its rotary frequencies too, which no file holds.
+    copy.deepcopy(model).to(dtype).save_pretrained(path, max_shard_size=shard_size)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(dtype))
     save_tokenizer(path)
     return path
 
@@ -174,7 +187,7 @@ def save_gguf(model: Any, path: Path, *, dtype: str = "F32", seed: int = 0, **me
             if values.ndim == 1:
                 writer.add_tensor(gguf_name, values)
                 continue
-            if dtype in _SCALE_OFFSETS:
+            if dtype in _NOT_MADE_BY_GGUF:
                 data = random_blocks(dtype, *values.shape, rng=rng, std=float(values.std()))
             else:
                 data = gguf.quants.quantize(values, quantized)
