@@ -177,6 +177,15 @@ void sincos_double(double x, double* sin, double* cos) {
   }
 }
 
+void rope_inverse_frequencies(double base, std::int64_t rotary, double linear_factor, const double* factors,
+                              double* inverse_frequency) {
+  for (std::int64_t i = 0; i < rotary / 2; ++i) {
+    const double exponent = static_cast<double>(-2 * i) / static_cast<double>(rotary);
+    const double factor = factors ? linear_factor * factors[i] : linear_factor;
+    inverse_frequency[i] = pow_double(base, exponent) / factor;
+  }
+}
+
 void rope_tables(const double* inverse_frequency, std::int64_t frequencies, std::int64_t first_position,
                  std::int64_t count, float* cos, float* sin) {
   for (std::int64_t i = 0; i < count; ++i) {

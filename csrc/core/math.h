@@ -14,9 +14,13 @@ void sincos_double(double x, double* sin, double* cos);  // |x| <= kSincosLimit,
 
 constexpr double kSincosLimit = 2097152.0;  // 2^21 radians
 
+// base^(-2 i / rotary) / (linear_factor * factors[i]) for i < rotary / 2; factors may be null.
+void rope_inverse_frequencies(double base, std::int64_t rotary, double linear_factor, const double* factors,
+                              double* inverse_frequency);
+
 // cos and sin of (first_position + i) * inverse_frequency[j], i < count, j < frequencies, rounded to fp32;
 // cos, sin: (count, frequencies).
-void rope_tables(const double* inverse_frequency, int64_t frequencies, int64_t first_position, int64_t count,
-                 float* cos, float* sin);
+void rope_tables(const double* inverse_frequency, std::int64_t frequencies, std::int64_t first_position,
+                 std::int64_t count, float* cos, float* sin);
 
 }  // namespace fastllm
