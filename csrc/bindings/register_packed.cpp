@@ -150,8 +150,8 @@ Args:
     row_order: int32[rows] or None; row i of the result is the file's row row_order[i].
 
 Raises:
-    RequestError: unknown dtype, wrong byte count, cols that are not whole blocks, an entry of row_order out of
-        range.)")
+    RequestError: unknown dtype, wrong byte count, cols that are not whole blocks, an entry of row_order out
+        of range.)")
       .def_static("from_float", &from_float, py::arg("array").noconvert(), py::arg("dtype"),
                   R"(Packs floating-point values.
 

@@ -44,7 +44,7 @@ void add_fifth_bits(const Byte* high, Byte* codes) {
 
 // ---- blocks of 32 columns ---------------------------------------------------------------------------------
 
-void decode_q4_0(const Byte* p, Block* out) {  // d, q[16]
+void decode_q4_0(const Byte* p, Block* out) {  // d, q[16]; IQ4_NL differs by its codebook alone
   out->scale = load16(p);
   nibbles(p + 2, 16, out->codes);
 }
@@ -175,7 +175,7 @@ constexpr BlockFormat kFormats[] = {
     {"Q4_K",   256,     144,   Codes::u4,   32,    0,    true,      true,  nullptr,      decode_q4_k},
     {"Q5_K",   256,     176,   Codes::u5,   32,    0,    true,      true,  nullptr,      decode_q5_k},
     {"Q6_K",   256,     210,   Codes::u6,   16,    32,   true,      false, nullptr,      decode_q6_k},
-    {"IQ4_NL", 32,      18,    Codes::u4,   32,    0,    false,     false, kIq4Codebook, decode_q4_0},  // bytes of Q4_0
+    {"IQ4_NL", 32,      18,    Codes::u4,   32,    0,    false,     false, kIq4Codebook, decode_q4_0},
     {"IQ4_XS", 256,     136,   Codes::u4,   32,    0,    true,      false, kIq4Codebook, decode_iq4_xs},
 };
 // clang-format on
