@@ -1,20 +1,21 @@
 """Chat templates: a conversation becomes the text that a model was trained to continue.
 
 `ChatTemplate.render` returns a `TemplateText`: the spans that the template wrote are known in it, so that the
-tokenizer makes control tokens of those and never of what a message says. The name of a role that is in common use
-counts as the template's, since templates put it inside of control tokens (`<|user|>`).
+tokenizer makes control tokens of those and never of what a message says. The name of a role that is in common
+use counts as the template's, since templates put it inside of control tokens (`<|user|>`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
 from fastllm.errors import FastLLMError, ModelFileError, RequestError
-from fastllm.formats import template_sandbox
+from fastllm.formats.template_budget import BudgetError, begin
+from fastllm.formats.template_sandbox import ChatEnvironment, Raised
 from fastllm.formats.template_text import TemplateText
 
 TEMPLATE_CHARS_MAX = 256 << 10
@@ -28,7 +29,9 @@ ROLES = frozenset(
 )
 _RESERVED = frozenset(("messages", "add_generation_prompt", "tools", "documents", "self", "loop", "caller"))
 
-_environment = template_sandbox.ChatEnvironment()
+_PROBE = "part of a content"
+
+_environment = ChatEnvironment()
 
 
 class ChatTemplate:
@@ -36,8 +39,8 @@ class ChatTemplate:
 
     Args:
         source: the jinja2 text.
-        origin: the model file it was found in; None where a request brought it along, which makes its faults the
-            request's.
+        origin: the model file it was found in; None where a request brought it along, which makes its faults
+            the request's.
 
     Raises:
         ModelFileError, RequestError: `source` is too long or not a template.
@@ -48,6 +51,7 @@ class ChatTemplate:
         self._origin = origin
         if len(source) > TEMPLATE_CHARS_MAX:
             raise self._fault(f"is longer than {TEMPLATE_CHARS_MAX} characters")
+        begin()
         try:
             self._compiled = _compile(source)
         except TemplateSyntaxError as error:
@@ -68,8 +72,8 @@ class ChatTemplate:
         """The text of the conversation.
 
         Args:
-            messages: mappings with a `role` and `content` (text, or a list of `{"type": "text", "text": ...}`);
-                further entries such as `tool_calls` are the template's business.
+            messages: mappings with a `role` and `content` (text, or a list of `{"type": "text", "text":
+                ...}`); further entries such as `tool_calls` are the template's business.
             special_tokens: names (`bos_token`, ...) -> texts; the template's own text.
             variables: further names for the template.
 
@@ -79,31 +83,54 @@ class ChatTemplate:
         """
         context: dict[str, Any] = {k: TemplateText.own(v) for k, v in (special_tokens or {}).items()}
         copy = _Copier()
+        context["messages"] = copied = _messages(messages, copy)
+        if any(isinstance(message.get("content"), list) for message in copied) and not self._takes_parts:
+            for message in copied:
+                if isinstance(message.get("content"), list):
+                    message["content"] = "\n".join(part["text"] for part in message["content"])
         for name, value in (variables or {}).items():
             if name in _RESERVED or name.startswith("_"):
                 raise RequestError("chat_template_kwargs", name, "names that a template does not reserve")
             context[name] = copy(value, name)
-        context["messages"] = _messages(messages, copy)
         context["tools"] = None if tools is None else copy(list(tools), "tools")
         context["documents"] = None if documents is None else copy(list(documents), "documents")
         context["add_generation_prompt"] = bool(add_generation_prompt)
-        budget = template_sandbox.begin()
+        return self._run(context)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template goes through a content's parts; one that does not would print the list."""
+        content = [{"type": "text", "text": _PROBE}]
+        try:
+            text = self._run(
+                {"messages": [{"role": "user", "content": content}], "add_generation_prompt": False}
+            )
+        except FastLLMError:
+            return False
+        return _PROBE in text and "'type'" not in text and '"type"' not in text
+
+    def _run(self, context: Mapping[str, Any]) -> str:
+        budget = begin()
         compiled = self._compiled
         try:
             pieces = []
-            for piece in compiled.root_render_func(compiled.new_context(context)):
+            for piece in compiled.root_render_func(compiled.new_context(dict(context))):
                 budget.step()
                 pieces.append(piece)
             return str(_environment.concat(pieces))
-        except template_sandbox.Raised as error:
-            raise RequestError("messages", str(error), "a conversation that the chat template accepts") from error
-        except (SecurityError, template_sandbox.BudgetError, RecursionError, MemoryError) as error:
+        except Raised as error:
+            raise RequestError(
+                "messages", str(error), "a conversation that the chat template accepts"
+            ) from error
+        except (SecurityError, BudgetError, RecursionError, MemoryError) as error:
             raise self._fault(f"was stopped: {error}") from error
         except FastLLMError:
             raise
         except Exception as error:  # a template can fail in any way that Python can
             reason = f"{type(error).__name__}: {error}"
-            raise RequestError("messages", reason[:500], "a conversation that the chat template accepts") from error
+            raise RequestError(
+                "messages", reason[:500], "a conversation that the chat template accepts"
+            ) from error
 
     def _fault(self, reason: str) -> FastLLMError:
         if self._origin is None:
@@ -117,7 +144,7 @@ def _compile(source: str) -> Any:
 
 
 class _Copier:
-    """Plain copies of what a request gives, so that a template holds nothing but texts, numbers, lists and dicts."""
+    """Plain copies of what a request gives: texts, numbers, lists and dicts, and nothing else."""
 
     def __init__(self) -> None:
         self._nodes = 0

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from fastllm.formats.template_text import Span
 
-# Where control tokens may be recognised: True everywhere, False nowhere, or in these spans (sorted, disjoint).
+# Where control tokens may be recognised: True everywhere, False nowhere, or in these spans (sorted,
+# disjoint).
 ControlScope = bool | Sequence[Span]
 
 
@@ -29,15 +30,18 @@ class Codec(Protocol):
     eos_token_id: int | None
     special_ids: frozenset[int]
     end_ids: frozenset[int]
-    special_tokens: Mapping[str, str]
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]: ...
+
     strips_space: bool
     chat_adds_bos: bool
 
     def encode(self, text: str, *, add_special_tokens: bool, control: ControlScope) -> list[int]:
         """Token ids of `text`, which is free of lone surrogates.
 
-        With spans as `control`, tokens that look like markup (`<|...|>`) count as control tokens too, whatever
-        their type.
+        With spans as `control`, tokens that look like markup (`<|...|>`) count as control tokens too,
+        whatever their type.
         """
 
     def token_bytes(self, token: int) -> bytes:

@@ -1,7 +1,7 @@
 """Text out of tokens while they are still being generated.
 
-A character may be spread over several tokens, so bytes that do not make up whole characters yet are held back until
-the rest has come. Each token is looked at once, and the prompt not at all.
+A character may be spread over several tokens, so bytes that do not make up whole characters yet are held back
+until the rest has come. Each token is looked at once, and the prompt not at all.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastllm.formats.tokenizer import Tokenizer
 class IncrementalDetokenizer:
     """Gives the text of one growing sequence, piece by piece.
 
-    The pieces of any split, and `flush` at the end, joined, are `tokenizer.decode` of all ids (without those of the
-    prompt). Text of the prompt never appears, also where the prompt ends within a character.
+    The pieces of any split, and `flush` at the end, joined, are `tokenizer.decode` of all ids (without those
+    of the prompt). Text of the prompt never appears, also where the prompt ends within a character.
 
     Args:
         prompt_token_ids: what comes before the first pushed id; decides whether a leading space is the

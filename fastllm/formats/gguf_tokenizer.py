@@ -1,11 +1,11 @@
 """Tokenizers from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-Text goes through two stages. First it is cut at control and user-defined tokens, the longest token first over the
-whole text (not the leftmost first: that differs where tokens overlap). What lies between is encoded by the
-vocabulary's own rule.
+Text goes through two stages. First it is cut at control and user-defined tokens, the longest token first over
+the whole text (not the leftmost first: that differs where tokens overlap). What lies between is encoded by
+the vocabulary's own rule.
 
-Control tokens are not part of the vocabulary that plain text is encoded with. So they come out of that first stage
-or not at all, whatever the merges say.
+Control tokens are not part of the vocabulary that plain text is encoded with. So they come out of that first
+stage or not at all, whatever the merges say.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class GGUFCodec:
     """A `Codec` over the metadata of a GGUF file. See `Codec` for the attributes.
 
     Args:
-        metadata: key -> value; arrays as lists or NumPy arrays; strings that are not UTF-8 as surrogate escapes.
+        metadata: key -> value; arrays as lists or NumPy arrays; strings that are not UTF-8 as surrogate
+            escapes.
         generation_config: contents of a generation_config.json beside the file, or {}.
         source: the file, for error messages.
 
@@ -48,11 +49,15 @@ class GGUFCodec:
         UnsupportedModelError: a kind of vocabulary or a pre-tokenizer that is not known.
     """
 
-    def __init__(self, metadata: Mapping[str, Any], generation_config: Mapping[str, Any], source: str) -> None:
+    def __init__(
+        self, metadata: Mapping[str, Any], generation_config: Mapping[str, Any], source: str
+    ) -> None:
         reader = Reader(metadata, source)
         kind = reader.text(_KEY + "model", "")
         if kind not in ("gpt2", "llama"):
-            raise UnsupportedModelError(f"{source}: vocabulary {kind!r} ({_KEY}model); supported are gpt2, llama")
+            raise UnsupportedModelError(
+                f"{source}: vocabulary {kind!r} ({_KEY}model); supported are gpt2, llama"
+            )
         self._is_bpe = kind == "gpt2"
         default_ids = (None, None, None) if self._is_bpe else (1, 2, 0)
         self._vocab = vocab = read_vocabulary(reader, generation_config, default_ids=default_ids)
@@ -166,7 +171,7 @@ def _names(vocab: Vocabulary) -> dict[str, str]:
 
 
 def _space_swallowing(vocab: Vocabulary, model_name: str) -> frozenset[int]:
-    """Tokens that take the white space after them with them. No key says so; Phi-3's vocabulary is known for it."""
+    """Tokens that swallow the white space after them. No key says so; Phi-3's are known to."""
     if not any(name in model_name.lower() for name in ("phi-3", "phi3")):
         return frozenset()
     types = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
@@ -195,15 +200,17 @@ def _plain(vocab: Vocabulary) -> dict[str, int]:
 
 def _merger(vocab: Vocabulary) -> ScoreMerger:
     plain = _plain(vocab)
-    byte_ids = [plain.get(f"<0x{byte:02X}>", plain.get(chr(byte)) if byte < 0x80 else None) for byte in range(256)]
+    byte_ids = [
+        plain.get(f"<0x{byte:02X}>", plain.get(chr(byte)) if byte < 0x80 else None) for byte in range(256)
+    ]
     return ScoreMerger(plain, vocab.scores, byte_ids, vocab.unknown_id)
 
 
 class _ByteLevel:
     """Byte-level BPE on the `tokenizers` library.
 
-    The library wants every byte and every result of a merge to be a token. Where a file has none, an id past the end
-    of the vocabulary stands in, and is taken out of the result.
+    The library wants every byte and every result of a merge to be a token. Where a file has none, an id past
+    the end of the vocabulary stands in, and is taken out of the result.
     """
 
     def __init__(self, reader: Reader, vocab: Vocabulary, pre: Any) -> None:

@@ -1,11 +1,13 @@
 """Tokenizers from a directory with tokenizer.json, which the `tokenizers` library reads itself.
 
-The files beside it count as well: tokenizer_config.json (special tokens, whether to add BOS and EOS, chat template),
-special_tokens_map.json, chat_template.jinja, and generation_config.json or config.json for the ends of sequence.
+The files beside it count as well: tokenizer_config.json (special tokens, whether to add BOS and EOS, chat
+    template),
+special_tokens_map.json, chat_template.jinja, and generation_config.json or config.json for the ends of
+sequence.
 
-The library finds control tokens in any text that it encodes. To encode text in which some of them are only text,
-there is a second copy of the tokenizer, made when first needed, whose control tokens have unguessable names; the
-places that do count are renamed in the text, everything else is plain text to that copy.
+The library finds control tokens in any text that it encodes. To encode text in which some of them are only
+text, there is a second copy of the tokenizer, made when first needed, whose control tokens have unguessable
+names; the places that do count are renamed in the text, everything else is plain text to that copy.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class HFCodec:
         self.end_ids = frozenset(self._ends())
         self._quoted: _Quoted | None = None
 
-    # -- reading ---------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self._path / name
@@ -87,7 +89,7 @@ class HFCodec:
         return value
 
     def _complete(self, config: Mapping[str, Any]) -> dict[str, str]:
-        """Add what tokenizer_config.json knows and tokenizer.json does not; returns the named special tokens."""
+        """Add what only tokenizer_config.json knows; returns the named special tokens."""
         known = {token.content for token in self._engine.get_added_tokens_decoder().values()}
         listed = config.get("added_tokens_decoder") or {}
         for key in sorted(listed, key=lambda k: int(k) if str(k).isdecimal() else 0):
@@ -111,7 +113,7 @@ class HFCodec:
         return names
 
     def _frame(self, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        """BOS and EOS around a text: what the configuration says comes before tokenizer.json's post-processor."""
+        """BOS and EOS around a text: the configuration comes before tokenizer.json's post-processor."""
         said = "add_bos_token" in config or "add_eos_token" in config
         if not said and self._engine.post_processor is not None:
             return
@@ -142,18 +144,24 @@ class HFCodec:
         return templates
 
     def _piece_rules(self, description: Mapping[str, Any]) -> tuple[bool, bool]:
-        """(tokens are byte-level, the first space of a text is the vocabulary's) from the decoder's description."""
+        """From the decoder: (tokens are byte-level, the first space of a text is not the text's)."""
         steps = list(_steps(description.get("decoder")))
         kinds = {step.get("type") for step in steps}
         if "ByteLevel" in kinds:
             return True, False
-        if not kinds and "ByteLevel" in {step.get("type") for step in _steps(description.get("pre_tokenizer"))}:
+        if not kinds and "ByteLevel" in {
+            step.get("type") for step in _steps(description.get("pre_tokenizer"))
+        }:
             return True, False
         strips = any(step.get("type") == "Strip" and step.get("start", 0) > 0 for step in steps)
         for step in steps:
             if step.get("type") == "Metaspace":
                 strips |= step.get("prepend_scheme", "always") != "never"
-        if kinds & {"Metaspace", "Replace", "ByteFallback"} and not kinds & {"WordPiece", "CTC", "BPEDecoder"}:
+        if kinds & {"Metaspace", "Replace", "ByteFallback"} and not kinds & {
+            "WordPiece",
+            "CTC",
+            "BPEDecoder",
+        }:
             return False, strips
         raise UnsupportedModelError(
             f"{self._path / 'tokenizer.json'}: decoder {sorted(map(str, kinds))}; supported are byte-level "
@@ -175,7 +183,7 @@ class HFCodec:
                 yield from listed_ends(listed, self.vocab_size)
                 return
 
-    # -- encoding --------------------------------------------------------------------------------------------------
+    # -- encoding --------------------------------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special_tokens: bool, control: ControlScope) -> list[int]:
         if control is True:

@@ -1,11 +1,11 @@
 """How a byte-level BPE vocabulary wants its text cut into words: the names of `tokenizer.ggml.pre`.
 
-A GGUF file names its pre-tokenizer, it does not spell it out. Each name stands for a list of regular expressions; the
-first cuts the text, the next cuts the pieces of the one before, and merges never cross a cut. Two names with the
-same expressions may still differ in their defaults (`ignore_merges`, `add_bos`).
+A GGUF file names its pre-tokenizer, it does not spell it out. Each name stands for a list of regular
+expressions; the first cuts the text, the next cuts the pieces of the one before, and merges never cross a
+cut. Two names with the same expressions may still differ in their defaults (`ignore_merges`, `add_bos`).
 
-`\\s`, `\\p{L}`, ... are those of the Unicode version of the installed `tokenizers`; a character that Unicode added
-since the model was trained may therefore be cut differently than in a program with older tables.
+`\\s`, `\\p{L}`, ... are those of the Unicode version of the installed `tokenizers`; a character that Unicode
+added since the model was trained may therefore be cut differently than in a program with older tables.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _CONTRACTIONS = r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_LLAMA3 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _QWEN35 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"

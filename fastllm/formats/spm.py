@@ -1,10 +1,11 @@
 """SentencePiece's BPE: the neighbours whose union is the token of the highest score are joined first.
 
-The `tokenizers` library orders merges by pair, SentencePiece by the score of the result and then by place, leftmost
-first; the two differ where different pairs make the same token or tokens share a score, so this is written out here.
+The `tokenizers` library orders merges by pair, SentencePiece by the score of the result and then by place,
+leftmost first; the two differ where different pairs make the same token or tokens share a score, so this is
+written out here.
 
-A join never crosses a pair of characters that no token contains side by side. Text is therefore cut at such pairs
-first (in practice: before almost every space), and each piece is worked out once and remembered.
+A join never crosses a pair of characters that no token contains side by side. Text is therefore cut at such
+pairs first (in practice: before almost every space), and each piece is worked out once and remembered.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ class ScoreMerger:
         self._unknown_id = unknown_id
         self._cache: dict[str, list[int]] = {}
         # Every two characters that stand side by side in some token.
-        self._neighbours = {
-            text[i : i + 2] for text in vocab if len(text) > 1 for i in range(len(text) - 1)
-        }
+        self._neighbours = {text[i : i + 2] for text in vocab if len(text) > 1 for i in range(len(text) - 1)}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""

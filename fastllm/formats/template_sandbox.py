@@ -1,139 +1,50 @@
 """The jinja2 environment of chat templates: no access to Python, and an end to every rendering.
 
-jinja2's immutable sandbox keeps templates away from Python's internals. On top of it, every rendering has a budget of
-steps (loop rounds, calls and operators), of time, of the length of any one string, and of characters made in all;
-operations whose result could be far larger than their operands are checked before they run. Templates come out of
-model files, so all of this is meant for a hostile author.
+jinja2's immutable sandbox keeps templates away from Python's internals. On top of it, every rendering keeps
+to a budget (`template_budget`). Templates come out of model files, so all of this is meant for a hostile
+author.
 
-String literals of a template are compiled to `TemplateText`, which is how the text that a template writes is told
-from the text that it was given.
+String literals of a template are compiled to `TemplateText`, which is how the text that a template writes is
+told from the text that it was given.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from fastllm.formats.template_text import TemplateText, join_text
-
-TEXT_CHARS_MAX = 8 << 20  # one string, the rendered text included
-MADE_CHARS_MAX = 512 << 20  # all strings that operators make in one rendering
-ITEMS_MAX = 1 << 20  # one list
-STEPS_MAX = 2_000_000
-TIME_S_MAX = 10.0
-INT_BITS_MAX = 4096
-WIDTH_MAX = 10_000  # padding, number of slices
-INDENT_MAX = 64
-CONTAINER_COST_CHARS = 256  # what a list counts for among the characters made
-
-
-class BudgetError(TemplateError):
-    """A rendering took more steps, time or memory than one may."""
+from fastllm.formats.template_budget import (
+    INDENT_MAX,
+    Budget,
+    BudgetError,
+    bounded,
+    check_format,
+    check_power,
+    check_product,
+    check_replace,
+    check_text_call,
+    check_width,
+    counted,
+    counted_join,
+    current,
+    to_text,
+)
+from fastllm.formats.template_text import TemplateText, format_braces
 
 
 class Raised(TemplateError):
     """The template called `raise_exception`: it does not accept the conversation."""
-
-
-class Budget:
-    """What one rendering has used."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.made_chars = 0
-        self.deadline = time.monotonic() + TIME_S_MAX
-        self._sizes: dict[int, tuple[Any, int]] = {}  # id of a container -> itself (so the id stays its), size
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > STEPS_MAX:
-            raise BudgetError(f"the template took more than {STEPS_MAX} steps")
-        if not self.steps & 63 and time.monotonic() > self.deadline:
-            raise BudgetError(f"the template ran for more than {TIME_S_MAX} s")
-
-    def make(self, chars: int) -> None:
-        """Called before a string of `chars` characters is made."""
-        self.made_chars += chars
-        if chars > TEXT_CHARS_MAX:
-            raise BudgetError(f"the template made a text of more than {TEXT_CHARS_MAX} characters")
-        if self.made_chars > MADE_CHARS_MAX:
-            raise BudgetError(f"the template made more than {MADE_CHARS_MAX} characters in all")
-
-    def size(self, value: Any) -> int:
-        """About how many characters `str(value)` has.
-
-        A list that holds another one twice, and so on for thirty levels, is small in memory but not when it is
-        written out or compared; so every container's full size is known from those of its parts, and bounded.
-        """
-        if isinstance(value, str):
-            return len(value)
-        if not isinstance(value, (list, tuple, dict)):
-            return 16
-        known = self._sizes.get(id(value))
-        if known is not None:
-            return known[1]
-        if isinstance(value, dict):
-            total = sum(self.size(key) + self.size(item) + 8 for key, item in value.items())
-        else:
-            total = sum(self.size(item) + 4 for item in value)
-        if total > TEXT_CHARS_MAX or len(value) > ITEMS_MAX:
-            raise BudgetError(f"the template made a list of more than {TEXT_CHARS_MAX} characters")
-        self.make(CONTAINER_COST_CHARS + 8 * len(value))
-        self._sizes[id(value)] = (value, total)
-        return total
-
-
-_budget: ContextVar[Budget] = ContextVar("fastllm_template_budget")
-
-
-def begin() -> Budget:
-    """Start the budget of a rendering in this thread (or task)."""
-    budget = Budget()
-    _budget.set(budget)
-    return budget
-
-
-def _current() -> Budget:
-    budget = _budget.get(None)  # None while a template is compiled
-    return begin() if budget is None else budget
-
-
-def _counted_join(parts: Iterable[str]) -> str:
-    pieces = list(parts)
-    _current().make(sum(map(len, pieces)))
-    return join_text(pieces)
-
-
-def _counted(items: Iterable[Any]) -> Iterator[Any]:
-    step = _current().step
-    for item in items:
-        step()
-        yield item
-
-
-def _bounded(value: Any) -> Any:
-    """`value`, unless it is a container too large to be written out."""
-    if isinstance(value, (list, tuple, dict)):
-        _current().size(value)
-    return value
-
-
-def _to_text(value: Any) -> str:
-    return str(_bounded(value))
 
 
 class _Generator(CodeGenerator):
@@ -187,7 +98,7 @@ class _Namespace(Namespace):
 class _Generation(Extension):
     """`{% generation %}` marks what the model wrote, for training; here it is only its contents."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno
@@ -218,17 +129,17 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     code_generator_class = _Generator
     intercepted_binops = frozenset(("+", "*", "**", "%"))
-    concat = staticmethod(_counted_join)  # type: ignore[assignment]
+    concat = staticmethod(counted_join)
     own_text = staticmethod(TemplateText.own)
-    bounded = staticmethod(_bounded)
-    to_text = staticmethod(_to_text)
+    bounded = staticmethod(bounded)
+    to_text = staticmethod(to_text)
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             autoescape=False,
-            finalize=_bounded,
+            finalize=bounded,
             optimized=False,
             extensions=[loopcontrols, _Generation],
         )
@@ -242,11 +153,14 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters["join"] = _join(self.filters["join"])
         for name, function in self.filters.items():
             self.filters[name] = _checked(function, _FILTER_CHECKS.get(name, _check_size))
-        self.filters["_counted"] = _counted
+        self.filters["_counted"] = counted
 
     def compile_chat(self, source: str) -> Any:
         """Compile `source`; every loop of it counts its rounds."""
         tree = self.parse(source)
+        for kind in (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends):
+            for other in tree.find_all(kind):
+                raise TemplateSyntaxError("a chat template cannot load other templates", other.lineno)
         for loop in tree.find_all(nodes.For):
             counted = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
             loop.iter = counted.set_environment(self)
@@ -262,91 +176,45 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if wrapped is None:
             return None
         form: str = value.__self__
-        _check_format(form)
+        check_format(form)
 
         def run(*args: Any, **kwargs: Any) -> str:
-            budget = _current()
+            budget = current()
             budget.make(len(form) + form.count("{") * (budget.size(args) + budget.size(kwargs)))
-            return wrapped(*args, **kwargs)
+            made = wrapped(*args, **kwargs)
+            if isinstance(form, TemplateText) and value.__name__ == "format":
+                return format_braces(form, args, kwargs, made)
+            return made
 
         return run
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902
-        budget = _current()
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        budget = current()
         budget.step()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             name = getattr(__obj, "__name__", "")
             if name == "join" and len(args) == 1:
                 args = (list(args[0]),)
-            _check_text_call(budget, owner, name, args, kwargs)
-        return _bounded(super().call(__context, __obj, *args, **kwargs))
+            check_text_call(budget, owner, name, args, kwargs)
+        return bounded(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        budget = _current()
+        budget = current()
         budget.step()
-        if operator == "+":
-            if isinstance(left, str) and isinstance(right, str):
-                budget.make(len(left) + len(right))
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            budget.make(len(left) + len(right))
         elif operator == "*":
-            _check_product(budget, left, right)
+            check_product(budget, left, right)
         elif operator == "**":
-            if isinstance(left, int) and isinstance(right, int) and right > 0:
-                _check_bits(left.bit_length() * right)
-        elif isinstance(left, str):
-            _check_format(left)
+            check_power(left, right)
+        elif operator == "%" and isinstance(left, str):
+            check_format(left)
             budget.make(len(left) + left.count("%") * budget.size(right))
-        return _bounded(super().call_binop(context, operator, left, right))
+        return bounded(super().call_binop(context, operator, left, right))
 
 
-def _check_product(budget: Budget, left: Any, right: Any) -> None:
-    if isinstance(left, int):
-        left, right = right, left
-    if not isinstance(right, int):
-        return
-    if isinstance(left, int):
-        _check_bits(left.bit_length() + right.bit_length())
-    elif isinstance(left, str):
-        budget.make(len(left) * max(right, 0))
-    elif isinstance(left, (list, tuple)):
-        if len(left) * right > ITEMS_MAX:
-            raise BudgetError(f"the template made a list of more than {ITEMS_MAX} items")
-
-
-def _check_bits(bits: int) -> None:
-    if bits > INT_BITS_MAX:
-        raise BudgetError(f"the template made an integer of more than {INT_BITS_MAX} bits")
-
-
-def _check_width(*values: Any) -> None:
-    for value in values:
-        if isinstance(value, int) and abs(value) > WIDTH_MAX:
-            raise BudgetError(f"the template asked for a width of more than {WIDTH_MAX}")
-
-
-def _check_format(text: str) -> None:
-    """Refuse format strings that pad to a width which is huge or not there to be read."""
-    if re.search(r"\d{5}|%[^%a-zA-Z]*\*|:[^{}]*\{", text):
-        raise SecurityError("a format string with a computed or very large width")
-
-
-def _check_replace(budget: Budget, text: str, old: Any, new: Any) -> None:
-    places = text.count(str(old)) if old else len(text) + 1
-    budget.make(len(text) + places * len(str(new)))
-
-
-def _check_text_call(budget: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if name in ("center", "ljust", "rjust", "zfill"):
-        _check_width(*args, *kwargs.values())
-    elif name == "replace" and len(args) >= 2:
-        _check_replace(budget, text, args[0], args[1])
-    elif name == "join" and args:
-        budget.make(budget.size(args[0]) + len(text) * len(args[0]))
-    else:
-        budget.make(len(text))
-
-
-# -- filters -------------------------------------------------------------------------------------------------------
+# -- filters -------------------------------------------------------------------------------------------------
 
 
 def _checked(function: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
@@ -355,10 +223,10 @@ def _checked(function: Callable[..., Any], check: Callable[..., None]) -> Callab
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given = args[1:] if passes is not None else args
-        budget = _current()
+        budget = current()
         budget.step()
         check(budget, *given, **kwargs)
-        return _bounded(function(*args, **kwargs))
+        return bounded(function(*args, **kwargs))
 
     if passes is not None:
         run.jinja_pass_arg = passes  # type: ignore[attr-defined]
@@ -366,14 +234,14 @@ def _checked(function: Callable[..., Any], check: Callable[..., None]) -> Callab
 
 
 def _check_widths(budget: Budget, value: Any = "", *args: Any, **kwargs: Any) -> None:
-    _check_width(*args, *kwargs.values())
+    check_width(*args, *kwargs.values())
     budget.make(budget.size(value))
 
 
 def _check_indent(budget: Budget, value: Any = "", width: Any = 4, *args: Any, **kwargs: Any) -> None:
     step = len(width) if isinstance(width, str) else int(width)
-    _check_width(step)
-    lines = len(str(_bounded(value)).splitlines()) + 1
+    check_width(step)
+    lines = len(str(bounded(value)).splitlines()) + 1
     budget.make(budget.size(value) + lines * step)
 
 
@@ -393,7 +261,7 @@ def _check_sum(budget: Budget, value: Any = (), attribute: Any = None, start: An
 def _check_replace_filter(
     budget: Budget, value: Any = "", old: Any = "", new: Any = "", *args: Any, **kwargs: Any
 ) -> None:
-    _check_replace(budget, str(value), old, new)
+    check_replace(budget, str(bounded(value)), old, new)
 
 
 def _check_size(budget: Budget, value: Any = "", *args: Any, **kwargs: Any) -> None:
@@ -401,8 +269,8 @@ def _check_size(budget: Budget, value: Any = "", *args: Any, **kwargs: Any) -> N
 
 
 def _check_format_filter(budget: Budget, value: Any = "", *args: Any, **kwargs: Any) -> None:
-    _check_format(str(value))
-    form = str(value)
+    form = str(bounded(value))
+    check_format(form)
     budget.make(len(form) + form.count("%") * (budget.size(args) + budget.size(kwargs)))
 
 
@@ -425,7 +293,7 @@ def _join(original: Callable[..., Any]) -> Callable[..., str]:
 
     def join(eval_ctx: Any, value: Any, d: str = "", attribute: str | int | None = None) -> str:
         items = list(value)
-        budget = _current()
+        budget = current()
         budget.step()
         budget.make(budget.size(items) + len(str(d)) * len(items))
         separator = d if isinstance(d, TemplateText) else TemplateText(d)

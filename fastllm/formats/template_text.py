@@ -1,17 +1,20 @@
 """Strings that remember which of their characters a chat template wrote itself.
 
-`TemplateText` is a `str` in every respect; besides, it knows the spans that come from the template (or from names
-such as `bos_token` that the model defines). Control tokens are recognised in those spans and nowhere else. What a
-template does to strings keeps the spans where this file says how; any other operation returns a plain `str`, whose
-text then counts as somebody else's. Losing a span can cost a control token, never make one.
+`TemplateText` is a `str` in every respect; besides, it knows the spans that come from the template (or from
+names such as `bos_token` that the model defines). Control tokens are recognised in those spans and nowhere
+else. What a template does to strings keeps the spans where this file says how; any other operation returns a
+plain `str`, whose text then counts as somebody else's. Losing a span can cost a control token, never make
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 Span = tuple[int, int]  # [start, end)
+_MIXED_COPIES_MAX = 1000
 
 
 class TemplateText(str):
@@ -36,7 +39,7 @@ class TemplateText(str):
     def __getnewargs__(self) -> tuple[Any, ...]:
         return str.__str__(self), self._spans
 
-    # -- joining ---------------------------------------------------------------------------------------------------
+    # -- joining ---------------------------------------------------------------------------------------------
 
     def __add__(self, other: str) -> str:
         return join_text((self, other)) if isinstance(other, str) else NotImplemented
@@ -45,7 +48,11 @@ class TemplateText(str):
         return join_text((other, self)) if isinstance(other, str) else NotImplemented
 
     def __mul__(self, count: SupportsIndex) -> str:
-        return join_text([self] * count.__index__()) if hasattr(count, "__index__") else NotImplemented
+        plain: str = super().__mul__(count)
+        if self._spans == ((0, len(self)),):
+            return TemplateText.own(plain)
+        copies = count.__index__()
+        return join_text([self] * copies) if self._spans and copies <= _MIXED_COPIES_MAX else plain
 
     __rmul__ = __mul__
 
@@ -57,7 +64,10 @@ class TemplateText(str):
             pieces.append(part)
         return join_text(pieces)
 
-    # -- cutting ---------------------------------------------------------------------------------------------------
+    def __mod__(self, values: Any) -> str:
+        return format_percent(self, values, str.__str__(self) % values)
+
+    # -- cutting ---------------------------------------------------------------------------------------------
 
     def _cut(self, start: int, end: int) -> TemplateText:
         clipped = ((max(a, start) - start, min(b, end) - start) for a, b in self._spans)
@@ -124,7 +134,7 @@ class TemplateText(str):
     def rpartition(self, sep: str) -> Any:
         return tuple(self._spaced(list(super().rpartition(sep)), 0))
 
-    # -- changing --------------------------------------------------------------------------------------------------
+    # -- changing --------------------------------------------------------------------------------------------
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         if not old:
@@ -168,6 +178,44 @@ def join_text(parts: Iterable[str]) -> str:
     if not any(isinstance(piece, TemplateText) for piece in pieces):
         return "".join(pieces)
     return TemplateText("".join(pieces), _shifted(pieces))
+
+
+def format_percent(form: TemplateText, values: Any, plain: str) -> str:
+    """`plain`, which is `form % values`, with spans where `form` has no conversions but %s and %%."""
+    given = list(values) if isinstance(values, tuple) else [values]
+    pieces: list[str] = []
+    done = 0
+    for found in re.finditer("%(.?)", form, re.DOTALL):
+        pieces.append(form[done : found.start()])
+        done = found.end()
+        if found[1] == "%":
+            pieces.append(form[found.start() : found.start() + 1])
+        elif found[1] == "s" and given:
+            pieces.append(str(given.pop(0)))
+        else:
+            return plain
+    return _if_same(join_text([*pieces, form[done:]]), plain)
+
+
+def format_braces(form: TemplateText, args: Sequence[Any], kwargs: Mapping[str, Any], plain: str) -> str:
+    """`plain`, which is `form.format(...)`, with spans where all fields of `form` are bare names."""
+    pieces: list[str] = []
+    done = count = 0
+    for found in re.finditer(r"\{(\w*)\}|[{}]", form):
+        name = found[1]
+        if name is None:  # an escaped brace or more than a name
+            return plain
+        pieces.append(form[done : found.start()])
+        done = found.end()
+        if not name:
+            name, count = str(count), count + 1
+        value = args[int(name)] if name.isdecimal() and int(name) < len(args) else kwargs.get(name)
+        pieces.append(str(value))
+    return _if_same(join_text([*pieces, form[done:]]), plain)
+
+
+def _if_same(text: str, plain: str) -> str:
+    return text if text == plain else plain
 
 
 def _shifted(pieces: Iterable[str]) -> Iterator[Span]:

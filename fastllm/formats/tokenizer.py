@@ -1,6 +1,7 @@
 """`Tokenizer`: text to token ids and back, and conversations to token ids, for every kind of model file.
 
-Decoding is defined by bytes: every token stands for some, a sequence of tokens for their concatenation, and text is
+Decoding is defined by bytes: every token stands for some, a sequence of tokens for their concatenation, and
+    text is
 that decoded as UTF-8, invalid bytes as U+FFFD. `IncrementalDetokenizer` gives the same text piece by piece.
 """
 
@@ -88,8 +89,8 @@ class Tokenizer:
 
         Args:
             add_special_tokens: add what the model wants before and after a text (often one BOS).
-            parse_special: make control tokens that are written out in `text` (`<|im_end|>`) those tokens. Without
-                it they are ordinary text; text from a stranger should be encoded that way.
+            parse_special: make control tokens that are written out in `text` (`<|im_end|>`) those tokens.
+                Without it they are ordinary text; text from a stranger should be encoded that way.
 
         Raises:
             RequestError: `text` is not a `str`, or has lone surrogates.
@@ -141,13 +142,16 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation, ready for the model to go on.
 
-        Control tokens come from the template alone: whatever a message (or a tool, or any other argument) says is
-        ordinary text. Where the model wants a BOS there is exactly one, whether or not the template writes it.
+        Control tokens come from the template alone: whatever a message (or a tool, or any other argument)
+            says is
+        ordinary text. Where the model wants a BOS there is exactly one, whether or not the template writes
+        it.
 
         Args:
             messages: mappings with `role` and `content` (text, or a list of `{"type": "text", "text": ...}`).
             add_generation_prompt: end with the opening of the assistant's answer.
-            chat_template: jinja2 source, or the name of one of `chat_templates`, instead of the model's default.
+            chat_template: jinja2 source, or the name of one of `chat_templates`, instead of the model's
+                default.
             tools: JSON schemas for templates that offer tools to the model.
             kwargs: further names for the template, such as `enable_thinking`.
 
@@ -198,7 +202,7 @@ class Tokenizer:
         name = chosen or "default"
         if name not in self.chat_templates:
             raise UnsupportedModelError(
-                f"{self._source}: the model has no chat template; pass chat_template, or use generate instead of chat"
+                f"{self._source}: the model has no chat template; pass chat_template, or use generate"
             )
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(self.chat_templates[name], origin=self._source)

@@ -1,6 +1,7 @@
 """The vocabulary in a GGUF file: which token stands for what, which are control tokens, which end a sequence.
 
-Everything is checked here, once, so that the tokenizers built on a `Vocabulary` need not look at metadata again.
+Everything is checked here, once, so that the tokenizers built on a `Vocabulary` need not look at metadata
+again.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ END_TEXTS = frozenset(
         *("<｜end▁of▁sentence｜>", "[e~["),
     )
 )
-# Tokens for filling in the middle of a text: role -> (metadata keys, texts that are known for it). A model that was
-# trained on them ends with the last three what it was asked for.
+# Tokens for filling in the middle of a text: role -> (metadata keys, texts that are known for it). A model
+# that was trained on them ends with the last three what it was asked for.
 _MIDDLE_TOKENS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prefix": (
         ("fim_pre_token_id", "prefix_token_id"),
@@ -156,8 +157,8 @@ def read_vocabulary(
     """The vocabulary of `tokenizer.ggml.*`.
 
     Args:
-        generation_config: contents of generation_config.json, {} without one; its `eos_token_id` (one or a list)
-            joins the ends of sequence.
+        generation_config: contents of generation_config.json, {} without one; its `eos_token_id` (one or a
+            list) joins the ends of sequence.
         default_ids: (bos, eos, unknown) where the file names none.
     """
     if _KEY + "tokens" not in reader.metadata:
@@ -256,5 +257,7 @@ def _scores(reader: Reader, n: int) -> list[float]:
     except (TypeError, ValueError):
         raise reader.error(key, "expected an array of numbers") from None
     if any(map(math.isnan, scores)):
-        raise reader.error(key, f"score of token {next(i for i, s in enumerate(scores) if s != s)} is not a number")
+        raise reader.error(
+            key, f"score of token {next(i for i, s in enumerate(scores) if s != s)} is not a number"
+        )
     return scores

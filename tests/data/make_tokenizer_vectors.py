@@ -1,10 +1,11 @@
 """Make tokenizer_vectors.json.gz: what llama.cpp makes of generated Unicode texts.
 
-    python tests/data/make_tokenizer_vectors.py --llama-cpp DIR --model DEFAULT_MODEL.gguf [--texts N] [--compare]
+    python tests/data/make_tokenizer_vectors.py --llama-cpp DIR --model DEFAULT_MODEL.gguf [--texts N]
+    [--compare]
 
-DIR is a llama.cpp source tree, built with shared libraries in DIR/build/bin; its models/ggml-vocab-*.gguf are used.
-The file holds the texts, and for every vocabulary the ids with control tokens parsed and unparsed. --compare keeps
-nothing, and compares fastllm on N fresh texts instead.
+DIR is a llama.cpp source tree, built with shared libraries in DIR/build/bin; its models/ggml-vocab-*.gguf are
+used. The file holds the texts, and for every vocabulary the ids with control tokens parsed and unparsed.
+--compare keeps nothing, and compares fastllm on N fresh texts instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import gzip
 import json
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -81,16 +83,35 @@ _RANGES = [
     *((0xFB00, 0xFE00), (0xFE00, 0x10000), (0x10000, 0x10800), (0x1D400, 0x1D800), (0x1F000, 0x1FA00)),
     *((0x20000, 0x2A000), (0xE0000, 0xE0200), (0, 0x20), (0x300, 0x370)),
 ]
-_WORDS = (
-    "the The THE hello Hello world it's IT'S we'Ll they've I'm i'M don't DON'T you're He'd o'clock 'tis ''s 'S 'ſ "
-    "naïve façade straße ĳ ǅ ＡＢＣ ｶﾀｶﾅ Привет мир γειά שלום مرحبا नमस्ते สวัสดี བོད་སྐད བཀྲ་ཤིས 你好 世界 今日は 안녕하세요 "
-    "0 7 42 123 1234 12345 3.14 1,000 ٣٤٥ ½ Ⅷ ² ①② 𝟘𝟙 x1y22z333 _foo_bar __init__ CamelCaseWord snake_case kebab-case "
-    "!= == >= -> => // /* */ # ## ... … -- — «» “” ‘’ $9.99 €5 a+b=c ^_^ `code` ```py\n ~/x C:\\dir {} [] () <> </s> "
-    "<b> <0x0A> ▁ ▁▁ 🙂 👍🏽 👨‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 ❤️ é ñ Z͑ͫ̓ͪ̂ 가 "
-    "<|im_start|> <|im_end|> <|endoftext|> <s> <unk> <|user|> <|end|> <|assistant|> <|eot_id|> <|begin_of_text|> "
-    "<|im_start <|im_end|>> <<|im_end|> <fim_prefix> <|fim_prefix|> <think> [INST] <file_sep> <reponame>"
-).split(" ")
-_SPACES = [" ", "  ", "   ", "     ", "\n", "\n\n", "\r\n", "\t", "\t\t", " \n", "\n ", "\v", "\f", "\xa0", "\u2003"]
+_WORDS = re.findall(
+    r"\S+",
+    "the The THE hello Hello world it's IT'S we'Ll they've I'm i'M don't DON'T you're "
+    "He'd o'clock 'tis ''s 'S 'ſ naïve façade straße ĳ ǅ ＡＢＣ ｶﾀｶﾅ Привет мир γειά שלום "
+    "مرحبا नमस्ते สวัสดี བོད་སྐད བཀྲ་ཤིས 你好 世界 今日は 안녕하세요 0 7 42 123 1234 12345 3.14 1,000 "
+    "٣٤٥ ½ Ⅷ ² ①② 𝟘𝟙 x1y22z333 _foo_bar __init__ CamelCaseWord snake_case kebab-case != "
+    "== >= -> => // /* */ # ## ... … -- — «» “” ‘’ $9.99 €5 a+b=c ^_^ `code` ```py ~/x "
+    "C:\\dir {} [] () <> </s> <b> <0x0A> ▁ ▁▁ 🙂 👍🏽 👨\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 🇩🇪 ❤️ é ñ Z͑ͫ̓ͪ̂ 가 "
+    "<|im_start|> <|im_end|> <|endoftext|> <s> <unk> <|user|> <|end|> <|assistant|> "
+    "<|eot_id|> <|begin_of_text|> <|im_start <|im_end|>> <<|im_end|> <fim_prefix> "
+    "<|fim_prefix|> <think> [INST] <file_sep> <reponame>",
+)
+_SPACES = [
+    " ",
+    "  ",
+    "   ",
+    "     ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\t\t",
+    " \n",
+    "\n ",
+    "\v",
+    "\f",
+    "\xa0",
+    "\u2003",
+]
 _SPACES += ["\u3000", "\x85", "\u2028", "\u200b", "\ufeff", "\u1680", "\r", "\n \n", "  \t ", ""]
 
 
