@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastllm import _core, reference
@@ -42,7 +42,7 @@ def int8_round(x: Float32) -> Float32:
     return (top / np.float32(127.0)) * np.rint(x * inverse)
 
 
-@dataclass
+@dataclass(repr=False)
 class Batch:
     """Sequences in a paged cache, and the queries that are their last positions."""
 
@@ -59,6 +59,13 @@ class Batch:
     def run(self, **options: object) -> Float32:
         return _core.paged_attention(
             self.cache, self.q, self.query_start, self.seq_lens, self.block_tables, **options
+        )
+
+    def __repr__(self) -> str:
+        heads = (self.q.shape[1], self.k[0].shape[1], self.q.shape[2])
+        return (
+            f"Batch({self.dtype}, block_size={self.block_size}, heads={heads}, "
+            f"query_start={self.query_start}, seq_lens={self.seq_lens})"
         )
 
     def slots(self, sequence: int) -> Int32:
@@ -86,7 +93,9 @@ def batches(draw: st.DrawFn) -> Batch:
     head_dim = draw(st.sampled_from([16, 32, 48, 64, 80, 112, 128]))
     kv_heads = draw(st.integers(1, 2))
     group = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 9]))
-    lengths = draw(st.lists(st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 100, 128, 129, 200]), min_size=1, max_size=3))
+    lengths = draw(
+        st.lists(st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 100, 128, 129, 200]), min_size=1, max_size=3)
+    )
     queries = [draw(st.integers(1, min(length, 40))) for length in lengths]
     used = [-(-length // block_size) for length in lengths]
     blocks = 1 + sum(used)
@@ -119,11 +128,10 @@ windows = st.sampled_from([0, 0, 1, 5, 16, 64, 100])
 caps = st.sampled_from([0.0, 0.0, 5.0])
 
 
-@settings(deadline=None)
 @given(batches(), windows, caps, st.data())
 def test_attention(batch: Batch, window: int, cap: float, data: st.DataObject) -> None:
-    """Right, and the same bits on every instruction set, in any grouping of queries, in any split of tiles."""
-    scale = float(np.float32(batch.q.shape[2] ** -0.5))
+    """Right, and the same bits on every instruction set, for any grouping of queries and split of tiles."""
+    scale = float(np.float32(1.0 / np.sqrt(batch.q.shape[2])))
     out = batch.run(window=window, softcap=cap, isa=ISAS[0])
     largest = max(float(np.max(np.abs(v))) for v in batch.v)
     expected = batch.oracle(scale, window, cap)
@@ -137,10 +145,9 @@ def test_attention(batch: Batch, window: int, cap: float, data: st.DataObject) -
     assert same_bits(out, batch.run(window=window, softcap=cap, split=split, queries_at_once=together))
 
 
-@settings(deadline=None)
 @given(batches(), windows, st.data())
 def test_alone_as_in_a_chunk(batch: Batch, window: int, data: st.DataObject) -> None:
-    """A query gives the same bits when nothing after its position, nor before its window, was ever written."""
+    """A query gives the same bits when nothing after its position or before its window was ever written."""
     out = batch.run(window=window)
     s = data.draw(st.integers(0, len(batch.seq_lens) - 1))
     begin, end, length = batch.query_start[s], batch.query_start[s + 1], int(batch.seq_lens[s])
@@ -180,7 +187,6 @@ def test_a_tile_of_minus_infinity_has_no_weight(dtype: str) -> None:
     assert same_bits(out, _core.paged_attention(cache, q, ends, lengths, table, split=1))
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(DTYPES),
     st.sampled_from([16, 32, 48, 64]),
@@ -222,7 +228,6 @@ def test_cache_write(
             assert not np.any(rest)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_int8_cache_keeps_what_is_not_finite_visible(isa: str, bad: float) -> None:
     cache = _core.KvCache(1, 2, 32, 16, "i8")
