@@ -333,22 +333,24 @@ def one_array(kind: int, count: int, items: bytes) -> bytes:
 
 
 MIXED = b"".join(string("é€"[i % 2]) for i in range(1000))
-AMPLIFIERS: dict[str, Callable[[], bytes]] = {
-    "keys": lambda: many_keys(65_536),
-    "tensors": lambda: many_tensors(65_536),
-    "empty strings": lambda: one_array(STRING, 400_000, bytes(8 * 400_000)),
-    "strings of one character": lambda: one_array(STRING, 300_000, MIXED * 300),
-    "int16": lambda: one_array(I16, 1 << 21, bytes(1 << 22)),
-    "bools": lambda: one_array(BOOL, 1 << 22, bytes(1 << 22)),
-    "nested arrays": lambda: one_array(ARRAY, 65_536, array(I16, 1, b"\0\1") * 65_536),
+QUARTER = 65_536 // 4  # of the limits on keys, tensors and nested arrays, with a quarter of the allowance
+AMPLIFIERS: dict[str, tuple[Callable[[], bytes], int]] = {
+    "keys": (lambda: many_keys(QUARTER), 16_000_000),
+    "tensors": (lambda: many_tensors(QUARTER), 16_000_000),
+    "nested arrays": (lambda: one_array(ARRAY, QUARTER, array(I16, 1, b"\0\1") * QUARTER), 16_000_000),
+    "empty strings": (lambda: one_array(STRING, 150_000, bytes(8 * 150_000)), 1_000_000),
+    "strings of one character": (lambda: one_array(STRING, 150_000, MIXED * 150), 1_000_000),
+    "int16": (lambda: one_array(I16, 1 << 21, bytes(1 << 22)), 1_000_000),
+    "bools": (lambda: one_array(BOOL, 1 << 22, bytes(1 << 22)), 1_000_000),
 }
 
 
 @pytest.mark.parametrize("name", AMPLIFIERS)
 def test_small_pieces_in_great_number_stay_in_bounds(tmp_path: Path, name: str) -> None:
+    raw, allowance = AMPLIFIERS[name]
     path = tmp_path / "many.gguf"
-    path.write_bytes(AMPLIFIERS[name]())
-    bounded(path, read_everything, allowance=64_000_000, seconds=15)
+    path.write_bytes(raw())
+    bounded(path, read_everything, allowance=allowance, seconds=15)
 
 
 @pytest.mark.parametrize(
@@ -407,8 +409,7 @@ def test_a_mutated_file_opens_or_is_refused(
     bounded(path, action)
 
 
-@pytest.mark.parametrize("width", [1, 4, 8])
-@pytest.mark.parametrize("value", [0, 1, 2**31, MAX_U64])
+@pytest.mark.parametrize(("width", "value"), [(1, 0), (1, 255), (4, 2**31), (8, 1), (8, HUGE), (8, MAX_U64)])
 def test_every_number_replaced_in_turn(tmp_path: Path, width: int, value: int) -> None:
     """The systematic part of the fuzz test: one value at every byte position."""
     path = tmp_path / "mutated.gguf"

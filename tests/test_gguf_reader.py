@@ -158,7 +158,7 @@ def test_strings_survive_byte_for_byte(tmp_path_factory: pytest.TempPathFactory,
     assert [text.encode("utf-8", "surrogateescape") for text in strings] == items
     assert [strings.raw(i) for i in range(len(items))] == items
     assert [strings[i] for i in range(len(items))] == list(strings)
-    assert strings == list(strings)
+    assert strings == list(strings) == strings.tolist()
     assert strings[1::2] == list(strings)[1::2]
     if items:
         assert strings.raw(-1) == items[-1]

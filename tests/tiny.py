@@ -4,28 +4,24 @@
 user would find it; `logits` runs it. Writing in a format that rounds weights leaves the model with the
 rounded ones, so that the model always is what the file says. Names and row orders of GGUF files come from the
 `gguf` package and from the description of llama.cpp's converter, never from fastllm's own tables.
-
-`read_hf` and `read_gguf` give a `MemoryCheckpoint`: fastllm's `Checkpoint`, read by the `safetensors` and
-`gguf` packages instead of fastllm's readers.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import tokenizers
 import torch
 import transformers
 
-from fastllm.formats.checkpoint import CheckpointTensor, Fields
+torch.set_num_threads(1)  # these models are too small for more, and tests share the machine
 
 VOCAB_SIZE = 300
 SIZES: dict[str, Any] = {
@@ -85,6 +81,11 @@ _GGUF_ARCH = {
 # Where a block keeps its fp16 scale and minimum, and the minimum (in scales) that centres random codes on
 # zero.
 _SCALE_OFFSETS: dict[str, tuple[int, int | None, float]] = {
+    "Q4_0": (0, None, 0.0),
+    "Q4_1": (0, 2, -7.5),
+    "Q5_0": (0, None, 0.0),
+    "Q5_1": (0, 2, -15.5),
+    "Q8_0": (0, None, 0.0),
     "Q2_K": (80, 82, 1.5),
     "Q3_K": (108, None, 0.0),
     "Q4_K": (0, 2, 7.5),
@@ -93,6 +94,8 @@ _SCALE_OFFSETS: dict[str, tuple[int, int | None, float]] = {
     "IQ4_NL": (0, None, 0.0),
     "IQ4_XS": (0, None, 0.0),
 }
+
+_NOT_MADE_BY_GGUF = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
 def make_model(variant: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
@@ -121,6 +124,11 @@ def randomize(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
+def gguf_architecture(variant: str) -> str:
+    """`general.architecture` of a variant's GGUF file."""
+    return gguf.MODEL_ARCH_NAMES[_GGUF_ARCH[VARIANTS[variant][0]]]
+
+
 def tokens(count: int, *, seed: int = 0) -> list[int]:
     """Random token ids that every tiny model knows."""
     return [int(t) for t in np.random.default_rng(seed).integers(3, 259, count)]
@@ -135,11 +143,22 @@ def logits(model: Any, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
 # Writing
 
 
+def write(kind: str, path: Path, variant: str = "llama", **metadata: Any) -> Path:
+    """Writes a checkpoint of either kind into a directory, see `save_gguf`."""
+    model = make_model(variant)
+    if kind == "gguf":
+        return save_gguf(model, path / "model.gguf", **metadata)
+    return save_hf(model, path)
+
+
 def save_hf(model: Any, path: Path, *, dtype: torch.dtype = torch.float32, shard_size: str = "1GB") -> Path:
     """Writes a directory with config.json, safetensors (in shards of at most `shard_size`) and a
     tokenizer."""
-    model.to(dtype).save_pretrained(path, max_shard_size=shard_size)
-    model.float()
+    # A copy: converting the model itself would round its rotary frequencies too, which no file holds.
+    copy.deepcopy(model).to(dtype).save_pretrained(path, max_shard_size=shard_size)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(dtype))
     save_tokenizer(path)
     return path
 
@@ -150,16 +169,14 @@ def save_gguf(model: Any, path: Path, *, dtype: str = "F32", seed: int = 0, **me
     Types that the `gguf` package cannot make get random blocks instead of the model's weights.
 
     Args:
-        metadata: further key-value pairs under the architecture's name, with `__` for a dot; they replace
-            those that the model calls for.
+        metadata: further key-value pairs, named without their architecture; they replace those that the model
+            calls for.
     """
     config = model.config
     arch = _GGUF_ARCH[config.model_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_type(gguf.GGUFType.MODEL)
-    for key, value in (
-        _gguf_metadata(config) | {k.replace("__", "."): v for k, v in metadata.items()}
-    ).items():
+    for key, value in (_gguf_metadata(config) | metadata).items():
         _add_value(writer, f"{gguf.MODEL_ARCH_NAMES[arch]}.{key}", value)
     _add_gguf_tokenizer(writer, config.vocab_size)
 
@@ -169,17 +186,17 @@ def save_gguf(model: Any, path: Path, *, dtype: str = "F32", seed: int = 0, **me
     with torch.no_grad():
         for name, weight in model.named_parameters():  # a tied head is not among them
             heads = _permuted_heads(name, config) if arch == gguf.MODEL_ARCH.LLAMA else 0
-            values = _interleave(weight.numpy(), heads) if heads else weight.numpy()
+            values = interleave(weight.numpy(), heads) if heads else weight.numpy()
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if values.ndim == 1:
                 writer.add_tensor(gguf_name, values)
                 continue
-            if dtype in _SCALE_OFFSETS:
+            if dtype in _NOT_MADE_BY_GGUF:
                 data = random_blocks(dtype, *values.shape, rng=rng, std=float(values.std()))
             else:
                 data = gguf.quants.quantize(values, quantized)
             values = gguf.quants.dequantize(data, quantized)
-            weight.copy_(torch.from_numpy(_deinterleave(values, heads) if heads else values.copy()))
+            weight.copy_(torch.from_numpy(deinterleave(values, heads) if heads else values.copy()))
             writer.add_tensor(gguf_name, data, raw_dtype=quantized)
     if (factors := _rope_factors(model)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
@@ -267,14 +284,14 @@ def _permuted_heads(name: str, config: Any) -> int:
     return int(config.num_key_value_heads) if "k_proj" in name else 0
 
 
-def _interleave(weight: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+def interleave(weight: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """Rows of a head from (first half, second half) to neighbouring pairs, as llama.cpp's converter does."""
     half = weight.shape[0] // heads // 2
     paired = weight.reshape(heads, 2, half, *weight.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(paired.reshape(weight.shape))
 
 
-def _deinterleave(weight: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+def deinterleave(weight: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     half = weight.shape[0] // heads // 2
     split = weight.reshape(heads, half, 2, *weight.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(split.reshape(weight.shape))
@@ -332,69 +349,3 @@ def _add_gguf_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
-
-
-# Reading, independently of fastllm's readers
-
-
-@dataclass
-class MemoryCheckpoint:
-    """fastllm's `Checkpoint` interface over tensors in memory; remembers what was released."""
-
-    kind: str
-    path: Path
-    config: Fields
-    tensors: dict[str, CheckpointTensor]
-    released: list[str] = field(default_factory=list)
-
-    def release(self, name: str) -> None:
-        self.released.append(name)
-
-    def close(self) -> None:
-        self.tensors = {}
-
-    def __enter__(self) -> MemoryCheckpoint:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def memory_tensor(name: str, values: npt.NDArray[Any], dtype: str = "F32") -> CheckpointTensor:
-    """A tensor of plain values: F32, F16, or BF16 given as its 16-bit words."""
-    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return CheckpointTensor(name=name, shape=tuple(values.shape), dtype=dtype, data=data)
-
-
-def read_gguf(path: Path) -> MemoryCheckpoint:
-    """Reads a GGUF file with the `gguf` package."""
-    reader = gguf.GGUFReader(path)
-    config = {key: value.contents() for key, value in reader.fields.items() if not key.startswith("GGUF.")}
-    tensors = {
-        tensor.name: CheckpointTensor(
-            name=tensor.name,
-            shape=tuple(int(n) for n in tensor.shape[::-1]),
-            dtype=tensor.tensor_type.name,
-            data=np.array(tensor.data).reshape(-1).view(np.uint8),
-        )
-        for tensor in reader.tensors
-    }
-    return MemoryCheckpoint("gguf", path, Fields(path, config), tensors)
-
-
-def read_hf(path: Path) -> MemoryCheckpoint:
-    """Reads a model directory with the `safetensors` package."""
-    tensors = {t.name: t for file in sorted(path.glob("*.safetensors")) for t in _read_safetensors(file)}
-    config = json.loads((path / "config.json").read_text())
-    return MemoryCheckpoint("hf", path, Fields(path / "config.json", config), tensors)
-
-
-def _read_safetensors(file: Path) -> Iterator[CheckpointTensor]:
-    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    with safetensors.safe_open(file, framework="pt") as shard:
-        for name in shard.keys():  # noqa: SIM118 - not a mapping
-            tensor = shard.get_tensor(name)
-            data = tensor.reshape(-1).view(torch.uint8).numpy()
-            yield CheckpointTensor(
-                name=name, shape=tuple(tensor.shape), dtype=dtypes[tensor.dtype], data=data
-            )

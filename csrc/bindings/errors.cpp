@@ -22,7 +22,7 @@ void set_error(const py::object& error) {
   throw py::error_already_set();
 }
 
-// Runs inside pybind11's handler, where nothing may be thrown: a failure to build the error becomes the error.
+// Runs inside pybind11's handler, where nothing may be thrown: failing to build the error becomes the error.
 template <typename Make>
 void translate(Make make) {
   try {
@@ -42,8 +42,8 @@ void raise_request_error(const char* field, const std::string& value, const std:
   raise_request_error(field, py::str(value), limit);
 }
 
-void raise_capacity_error(const std::string& what, std::int64_t asked, std::int64_t had, std::int64_t would_fit,
-                          const std::string& unit) {
+void raise_capacity_error(const std::string& what, std::int64_t asked, std::int64_t had,
+                          std::int64_t would_fit, const std::string& unit) {
   using namespace py::literals;
   raise(error_class("CapacityError")(what, "asked"_a = asked, "had"_a = had, "would_fit"_a = would_fit,
                                      "unit"_a = unit));

@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "bindings/arrays.h"
 #include "bindings/register.h"
+#include "bindings/sample_arrays.h"
 #include "core/argument_error.h"
 #include "core/math.h"
 #include "model/decoder.h"
@@ -16,6 +18,8 @@ namespace fastllm {
 namespace {
 
 namespace py = pybind11;
+
+constexpr std::int32_t kMaxLogprobs = 1024;
 
 template <typename T>
 T read(const py::dict& spec, const char* key) {
@@ -27,15 +31,12 @@ T read(const py::dict& spec, const char* key) {
   }
 }
 
-// inv_freq[i] = base^(-2i / rotary) / (linear * factors[i])
 std::vector<double> inverse_frequencies(double base, std::int64_t rotary, double linear,
                                         const std::vector<double>& factors) {
-  std::vector<double> frequencies;
-  for (std::int64_t i = 0; i < rotary / 2; ++i) {
-    const double factor = factors.empty() ? 1.0 : factors[static_cast<std::size_t>(i)];
-    frequencies.push_back(pow_double(base, -2.0 * static_cast<double>(i) / static_cast<double>(rotary)) /
-                          (linear * factor));
-  }
+  if (!factors.empty() && factors.size() != static_cast<std::size_t>(rotary / 2))
+    throw ArgumentError("spec: rope_factors", std::to_string(factors.size()) + " values", "rotary_dim / 2 or none");
+  std::vector<double> frequencies(static_cast<std::size_t>(rotary / 2));
+  rope_inverse_frequencies(base, rotary, linear, factors.empty() ? nullptr : factors.data(), frequencies.data());
   return frequencies;
 }
 
@@ -118,6 +119,8 @@ class DecoderHandle {
   Decoder& decoder() { return decoder_; }
   const Decoder& decoder() const { return decoder_; }
 
+  void close() { decoder_.close(); }
+
   py::dict step(const py::object& batch, bool want_logits) {
     if (decoder_.kv_blocks() == 0) throw ArgumentError("step", "no KV cache", "allocate_kv before");
     Shapes shapes("StepBatch");
@@ -126,7 +129,6 @@ class DecoderHandle {
     const auto ints = [&](const char* name, std::initializer_list<const char*> sizes) {
       return shapes.in<std::int32_t>(batch.attr(name), name, sizes);
     };
-    const auto floats = [&](const char* name) { return shapes.in<float>(batch.attr(name), name, {"R"}); };
     in.token_ids = ints("token_ids", {"T"});
     in.tokens = shapes["T"];
     in.positions = ints("positions", {"T"});
@@ -144,42 +146,12 @@ class DecoderHandle {
     in.rows = shapes["R"];
     check_batch(shapes, in);
 
-    const std::int32_t* row_kind = ints("row_kind", {"R"});
-    const std::int32_t* row_target = ints("row_target", {"R"});
-    const std::int32_t* num_logprobs = ints("num_logprobs", {"R"});
-    const float* temperature = floats("temperature");
-    const std::int32_t* top_k = ints("top_k", {"R"});
-    const float* top_p = floats("top_p");
-    const float* min_p = floats("min_p");
-    const float* presence = floats("presence");
-    const float* frequency = floats("frequency");
-    const float* repetition = floats("repetition");
-    const std::uint64_t* seed = shapes.in<std::uint64_t>(batch.attr("seed"), "seed", {"R"});
-    const std::int32_t* sample_index = ints("sample_index", {"R"});
-    shapes.let("R+1", in.rows + 1);
-    const std::int32_t* bias_start = ints("bias_start", {"R+1"});
-    const std::int32_t* bias_ids = ints("bias_ids", {"B"});
-    const float* bias_values = shapes.in<float>(batch.attr("bias_values"), "bias_values", {"B"});
-    const std::int32_t* banned_start = ints("banned_start", {"R+1"});
-    const std::int32_t* banned_ids = ints("banned_ids", {"X"});
-    const std::int32_t* history_start = ints("history_start", {"R+1"});
-    const std::int32_t* history = ints("history", {"H"});
-    const std::int32_t* history_prompt_len = ints("history_prompt_len", {"R"});
-    check_range(shapes, "row_token", in.row_token, in.rows, 0, in.tokens);
-    check_range(shapes, "row_target", row_target, in.rows, -1, c.vocab_size);
-    check_range(shapes, "num_logprobs", num_logprobs, in.rows, -1, 1025);
-    check_offsets(shapes, "bias_start", bias_start, in.rows, shapes["B"]);
-    check_offsets(shapes, "banned_start", banned_start, in.rows, shapes["X"]);
-    check_offsets(shapes, "history_start", history_start, in.rows, shapes["H"]);
-    check_range(shapes, "bias_ids", bias_ids, shapes["B"], 0, c.vocab_size);
-    check_range(shapes, "banned_ids", banned_ids, shapes["X"], 0, c.vocab_size);
-    check_range(shapes, "history", history, shapes["H"], 0, c.vocab_size);
-
+    const SampleArrays arrays = read_sample_arrays(shapes, batch, c.vocab_size, kMaxLogprobs);
     std::int64_t most = 0;
-    rows_.assign(static_cast<std::size_t>(in.rows), SampleRow{});
+    rows_.clear();
     for (std::int64_t r = 0; r < in.rows; ++r) {
-      SampleRow& row = rows_[static_cast<std::size_t>(r)];
-      FILL_ROW
+      rows_.push_back(arrays.row(r));
+      most = std::max<std::int64_t>(most, std::min<std::int64_t>(rows_.back().num_logprobs, c.vocab_size));
     }
     in.sample = rows_.data();
 
@@ -295,6 +267,7 @@ Not for several threads at once.)")
            "Runs one StepBatch (see fastllm/executor/base.py). Returns a dict with the arrays of StepResult, and under "
            "'logits' the raw logits, float32 (R, V), when asked for.\n\nRaises:\n    RequestError: an array of the "
            "wrong dtype or shape, or an index out of range; nothing was computed then.")
+      .def("close", [](DecoderHandle& self) { self.close(); }, "Frees weights and KV cache; no step afterwards.")
       .def_property_readonly("threads", [](const DecoderHandle& self) { return self.decoder().threads(); })
       .def_property_readonly("weight_bytes", [](const DecoderHandle& self) { return self.decoder().weight_bytes(); },
                              "Bytes of all packed matrices.")

@@ -22,7 +22,8 @@ namespace py = pybind11;
 
 // "float32 (3, 4)", as shown in errors.
 std::string describe(const py::array& array) {
-  return py::cast<std::string>(py::str(array.dtype())) + " " + py::cast<std::string>(py::str(array.attr("shape")));
+  return py::cast<std::string>(py::str(array.dtype())) + " " +
+         py::cast<std::string>(py::str(array.attr("shape")));
 }
 
 bool has_dtype(const py::array& array, const char* name) { return array.dtype().equal(py::dtype(name)); }
@@ -37,7 +38,8 @@ void check_array(const py::array& array, const char* field, py::ssize_t ndim, bo
 
 // A float32, float16 or uint16 (bf16) matrix; borrowed from the array.
 FloatRows float_rows(const py::array& array) {
-  const bool f32 = has_dtype(array, "float32"), f16 = has_dtype(array, "float16"), bf16 = has_dtype(array, "uint16");
+  const bool f32 = has_dtype(array, "float32"), f16 = has_dtype(array, "float16"),
+             bf16 = has_dtype(array, "uint16");
   check_array(array, "array", 2, f32 || f16 || bf16, "float32, float16 or uint16 (bf16 bits)");
   return {f32 ? Codes::f32 : f16 ? Codes::f16 : Codes::bf16, array.data(), array.shape(0), array.shape(1)};
 }
@@ -106,6 +108,25 @@ py::array_t<float> unpacked(const PackedMatrix& matrix) {
   return out;
 }
 
+// Read-only views of the planes, each kept alive by the matrix.
+py::dict planes(const py::object& self) {
+  const auto& matrix = self.cast<const PackedMatrix&>();
+  py::dict out;
+  const auto add = [&](const char* name, const AlignedBuffer& buffer) {
+    if (!buffer) return;
+    py::array_t<std::uint8_t> view(static_cast<py::ssize_t>(buffer.size()), buffer.as<std::uint8_t>(), self);
+    view.attr("flags").attr("writeable") = false;
+    out[name] = view;
+  };
+  add("codes", matrix.codes);
+  add("extra", matrix.extra);
+  add("scales", matrix.scales);
+  add("subscales", matrix.subscales);
+  add("mins", matrix.mins);
+  add("submins", matrix.submins);
+  return out;
+}
+
 std::string represent(const PackedMatrix& matrix) {
   return "<PackedMatrix " + std::to_string(matrix.rows) + " x " + std::to_string(matrix.cols) + ", " +
          matrix.layout() + ", " + std::to_string(matrix.nbytes()) + " bytes>";
@@ -114,9 +135,10 @@ std::string represent(const PackedMatrix& matrix) {
 }  // namespace
 
 void register_packed(py::module_& module) {
-  py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(module, "PackedMatrix", R"(A weight matrix (rows = outputs,
-cols = inputs) in a packed layout that the kernels read. Immutable. Made by from_ggml, from_float or quantize, each
-of which raises RequestError for arguments that do not fit and runs without the GIL.)")
+  py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(module, "PackedMatrix",
+                                                          R"(A weight matrix (rows = outputs,
+cols = inputs) in a packed layout that the kernels read. Immutable. Made by from_ggml, from_float or quantize,
+each of which raises RequestError for arguments that do not fit and runs without the GIL.)")
       .def_static("from_ggml", &from_ggml, py::arg("dtype"), py::arg("data").noconvert(), py::arg("rows"),
                   py::arg("cols"), py::arg("row_order").noconvert() = py::none(),
                   R"(Packs a tensor of a GGUF file, without loss.
@@ -128,7 +150,8 @@ Args:
     row_order: int32[rows] or None; row i of the result is the file's row row_order[i].
 
 Raises:
-    RequestError: unknown dtype, wrong byte count, cols that are not whole blocks, an entry of row_order out of range.)")
+    RequestError: unknown dtype, wrong byte count, cols that are not whole blocks, an entry of row_order out
+        of range.)")
       .def_static("from_float", &from_float, py::arg("array").noconvert(), py::arg("dtype"),
                   R"(Packs floating-point values.
 
@@ -150,19 +173,27 @@ Args:
 Raises:
     RequestError: naming row and column of a weight that is not finite, or too large for an fp16 scale
         (magnitude above 65504 with 4 bits, 127 * 65504 with 8).)")
-      .def("unpack", &unpacked, R"(The values, float32 (rows, cols): bit for bit what the disk format's own decoder gives.)")
-      .def_property_readonly("rows", [](const PackedMatrix& m) { return m.rows; }, "Outputs.")
-      .def_property_readonly("cols", [](const PackedMatrix& m) { return m.cols; }, "Inputs.")
+      .def("unpack", &unpacked,
+           R"(The values, float32 (rows, cols): bit for bit what the disk format's own decoder gives.)")
+      .def_property_readonly(
+          "rows", [](const PackedMatrix& m) { return m.rows; }, "Outputs.")
+      .def_property_readonly(
+          "cols", [](const PackedMatrix& m) { return m.cols; }, "Inputs.")
       .def_property_readonly("nbytes", &PackedMatrix::nbytes, "Bytes of all planes, padding included.")
-      .def_property_readonly("group", [](const PackedMatrix& m) { return m.group; },
-                             "Columns per scale; 0 for floating point.")
-      .def_property_readonly("kind", [](const PackedMatrix& m) { return codes_name(m.kind); },
-                             "How a value is stored: u4, u5, u6, u8, f16, bf16 or f32.")
-      .def_property_readonly("layout", &PackedMatrix::layout, "The layout in words, e.g. 'u4 g32 fp16 scale, fp16 min'.")
+      .def_property_readonly(
+          "group", [](const PackedMatrix& m) { return m.group; }, "Columns per scale; 0 for floating point.")
+      .def_property_readonly(
+          "kind", [](const PackedMatrix& m) { return codes_name(m.kind); },
+          "How a value is stored: u4, u5, u6, u8, f16, bf16 or f32.")
+      .def_property_readonly("layout", &PackedMatrix::layout,
+                             "The layout in words, e.g. 'u4 g32 fp16 scale, fp16 min'.")
+      .def("_planes", &planes,
+           "The planes as they lie in memory: name to read-only uint8 array. For tests of the layout.")
       .def("__repr__", &represent);
 
   module.def("dequantize_ggml", &dequantize, py::arg("dtype"), py::arg("data").noconvert(), py::arg("rows"),
-             py::arg("cols"), R"(Decodes a tensor of a GGUF file to float32 (rows, cols), exactly as its format defines it.
+             py::arg("cols"),
+             R"(Decodes a tensor of a GGUF file to float32 (rows, cols), exactly as its format defines it.
 
 Arguments and errors as those of PackedMatrix.from_ggml.)");
 }

@@ -1,4 +1,4 @@
-// A bad argument with its facts kept apart, so that the bindings can raise fastllm.errors.RequestError from them.
+// A bad argument with its facts kept apart, for the bindings to make a fastllm.errors.RequestError of.
 #pragma once
 
 #include <stdexcept>

@@ -1,7 +1,7 @@
 // The decoders of GGUF's block formats and the table of them.
 //
-// The byte layouts are those of the `gguf` package's quants.py, which tests/test_packed.py takes as the oracle.
-// Letters in the comments: d scale, m minimum, q codes. Multi-byte fields are little-endian.
+// The byte layouts are those of the `gguf` package's quants.py, which tests/test_packed.py takes as the
+// oracle. Letters in the comments: d scale, m minimum, q codes. Multi-byte fields are little-endian.
 #include "quant/ggml_blocks.h"
 
 #include <bit>
@@ -44,7 +44,7 @@ void add_fifth_bits(const Byte* high, Byte* codes) {
 
 // ---- blocks of 32 columns ---------------------------------------------------------------------------------
 
-void decode_q4_0(const Byte* p, Block* out) {  // d, q[16]
+void decode_q4_0(const Byte* p, Block* out) {  // d, q[16]; IQ4_NL differs by its codebook alone
   out->scale = load16(p);
   nibbles(p + 2, 16, out->codes);
 }
@@ -82,8 +82,9 @@ void two_bits(const Byte* q, Byte* codes) {
       for (int i = 0; i < 32; ++i) codes[128 * h + 32 * j + i] = (q[32 * h + i] >> (2 * j)) & 3;
 }
 
-// Eight 6-bit scales and eight 6-bit minimums in 12 bytes. Bytes 0-3: scales 0-3 and, on top, bits 4-5 of scales
-// 4-7; bytes 4-7: the same of the minimums; bytes 8-11: low nibbles of scales 4-7, high ones of minimums 4-7.
+// Eight 6-bit scales and eight 6-bit minimums in 12 bytes. Bytes 0-3: scales 0-3 and, on top, bits 4-5 of
+// scales 4-7; bytes 4-7: the same of the minimums; bytes 8-11: low nibbles of scales 4-7, high ones of
+// minimums 4-7.
 void six_bit_scales(const Byte* s, Block* out) {
   for (int j = 0; j < 4; ++j) {
     out->subscales[j] = static_cast<std::int8_t>(s[j] & 63);
@@ -158,24 +159,26 @@ void decode_iq4_xs(const Byte* p, Block* out) {  // d, high pairs of 8 scales[2]
 constexpr std::int8_t kIq4Codebook[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 
+// clang-format off
 constexpr BlockFormat kFormats[] = {
-    // name    columns bytes  kind        group zero subscales mins codebook   decoder
-    {"F32", 1, 4, Codes::f32, 0, 0, false, false, nullptr, nullptr},
-    {"F16", 1, 2, Codes::f16, 0, 0, false, false, nullptr, nullptr},
-    {"BF16", 1, 2, Codes::bf16, 0, 0, false, false, nullptr, nullptr},
-    {"Q4_0", 32, 18, Codes::u4, 32, 8, false, false, nullptr, decode_q4_0},
-    {"Q4_1", 32, 20, Codes::u4, 32, 0, false, true, nullptr, decode_q4_1},
-    {"Q5_0", 32, 22, Codes::u5, 32, 16, false, false, nullptr, decode_q5_0},
-    {"Q5_1", 32, 24, Codes::u5, 32, 0, false, true, nullptr, decode_q5_1},
-    {"Q8_0", 32, 34, Codes::u8, 32, 128, false, false, nullptr, decode_q8_0},
-    {"Q2_K", 256, 84, Codes::u4, 16, 0, true, true, nullptr, decode_q2_k},
-    {"Q3_K", 256, 110, Codes::u4, 16, 4, true, false, nullptr, decode_q3_k},
-    {"Q4_K", 256, 144, Codes::u4, 32, 0, true, true, nullptr, decode_q4_k},
-    {"Q5_K", 256, 176, Codes::u5, 32, 0, true, true, nullptr, decode_q5_k},
-    {"Q6_K", 256, 210, Codes::u6, 16, 32, true, false, nullptr, decode_q6_k},
-    {"IQ4_NL", 32, 18, Codes::u4, 32, 0, false, false, kIq4Codebook, decode_q4_0},  // Q4_0 but for the codebook
-    {"IQ4_XS", 256, 136, Codes::u4, 32, 0, true, false, kIq4Codebook, decode_iq4_xs},
+    // name    columns  bytes  kind         group  zero  subscales  mins   codebook      decoder
+    {"F32",    1,       4,     Codes::f32,  0,     0,    false,     false, nullptr,      nullptr},
+    {"F16",    1,       2,     Codes::f16,  0,     0,    false,     false, nullptr,      nullptr},
+    {"BF16",   1,       2,     Codes::bf16, 0,     0,    false,     false, nullptr,      nullptr},
+    {"Q4_0",   32,      18,    Codes::u4,   32,    8,    false,     false, nullptr,      decode_q4_0},
+    {"Q4_1",   32,      20,    Codes::u4,   32,    0,    false,     true,  nullptr,      decode_q4_1},
+    {"Q5_0",   32,      22,    Codes::u5,   32,    16,   false,     false, nullptr,      decode_q5_0},
+    {"Q5_1",   32,      24,    Codes::u5,   32,    0,    false,     true,  nullptr,      decode_q5_1},
+    {"Q8_0",   32,      34,    Codes::u8,   32,    128,  false,     false, nullptr,      decode_q8_0},
+    {"Q2_K",   256,     84,    Codes::u4,   16,    0,    true,      true,  nullptr,      decode_q2_k},
+    {"Q3_K",   256,     110,   Codes::u4,   16,    4,    true,      false, nullptr,      decode_q3_k},
+    {"Q4_K",   256,     144,   Codes::u4,   32,    0,    true,      true,  nullptr,      decode_q4_k},
+    {"Q5_K",   256,     176,   Codes::u5,   32,    0,    true,      true,  nullptr,      decode_q5_k},
+    {"Q6_K",   256,     210,   Codes::u6,   16,    32,   true,      false, nullptr,      decode_q6_k},
+    {"IQ4_NL", 32,      18,    Codes::u4,   32,    0,    false,     false, kIq4Codebook, decode_q4_0},
+    {"IQ4_XS", 256,     136,   Codes::u4,   32,    0,    true,      false, kIq4Codebook, decode_iq4_xs},
 };
+// clang-format on
 
 }  // namespace
 
@@ -183,7 +186,8 @@ const BlockFormat& find_format(const std::string& name) {
   for (const BlockFormat& format : kFormats)
     if (name == format.name) return format;
   std::string known = "one of";
-  for (const BlockFormat& format : kFormats) known += std::string(known == "one of" ? " " : ", ") + format.name;
+  for (const BlockFormat& format : kFormats)
+    known += std::string(known == "one of" ? " " : ", ") + format.name;
   throw ArgumentError("dtype", name, known);
 }
 

@@ -1,8 +1,8 @@
 // The block formats of GGUF files, one row of a table each.
 //
 // A format is described once: by its row in the table and by a decoder that turns the bytes of one block into
-// integer codes, scales and minimums. The packer, the plain dequantizer and their tests are all driven by that.
-// docs/add-a-disk-format.md says how to add one.
+// integer codes, scales and minimums. The packer, the plain dequantizer and their tests are all driven by
+// that. docs/add-a-disk-format.md says how to add one.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,9 @@ namespace fastllm {
 // where subscales and submins are left out (not 1) for formats without them, and likewise the minimum.
 struct Block {
   std::uint8_t codes[kSuper];
-  std::uint16_t scale;         // fp16
-  std::uint16_t min;           // fp16; what the file subtracts is negated here, which is exact
-  std::int8_t subscales[16];   // one per group of the block
+  std::uint16_t scale;        // fp16
+  std::uint16_t min;          // fp16; what the file subtracts is negated here, which is exact
+  std::int8_t subscales[16];  // one per group of the block
   std::uint8_t submins[16];
 };
 
@@ -32,7 +32,7 @@ struct BlockFormat {
   std::int32_t zero;
   bool subscales;  // the block's scale and min are super-scales of its groups; then columns == kSuper
   bool mins;
-  const std::int8_t* codebook;                          // 16 entries, or null
+  const std::int8_t* codebook;                           // 16 entries, or null
   void (*decode)(const std::uint8_t* data, Block* out);  // null for floating point
 };
 

@@ -34,7 +34,7 @@ inline std::uint16_t float_to_half(float value) {
   } else if (magnitude >= 0x38800000u) {  // a normal fp16; a carry out of the mantissa raises the exponent
     const std::uint32_t rebiased = magnitude - (112u << 23);
     half = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13;
-  } else if (magnitude > 0x33000000u) {  // above 2^-25: a denormal fp16, a multiple of 2^-24
+  } else if (magnitude > 0x33000000u) {                   // above 2^-25: a denormal fp16, a multiple of 2^-24
     const std::uint32_t shift = 126 - (magnitude >> 23);  // 14 to 24
     const std::uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
     const std::uint32_t rest = mantissa & ((1u << shift) - 1);

@@ -1,7 +1,7 @@
 // Packing of GGUF tensors and of plain floats, and the plain dequantizer.
 //
-// 16 rows go side by side, block by block: the file is read in 16 ascending streams and every plane of the result is
-// written once, ascending, so neither side needs more than the first-level cache.
+// 16 rows go side by side, block by block: the file is read in 16 ascending streams and every plane of the
+// result is written once, ascending, so neither side needs more than the first-level cache.
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -26,8 +26,8 @@ void check_source(const BlockFormat& format, std::size_t nbytes, std::int64_t ro
   std::int64_t all;
   if (__builtin_mul_overflow(rows, row_bytes, &all) || static_cast<std::uint64_t>(all) != nbytes)
     throw ArgumentError("data", std::to_string(nbytes) + " bytes",
-                        std::to_string(rows) + " rows of " + std::to_string(row_bytes) + " bytes (" + format.name +
-                            ", " + std::to_string(cols) + " columns)");
+                        std::to_string(rows) + " rows of " + std::to_string(row_bytes) + " bytes (" +
+                            format.name + ", " + std::to_string(cols) + " columns)");
 }
 
 // The file's row that becomes packed row `row`.
@@ -102,7 +102,8 @@ void interleave(const std::uint8_t* data, const std::int32_t* row_order, std::in
     const int rows = rows_in_panel(*out, panel);
     const std::uint8_t* source[kPanel];
     for (int n = 0; n < rows; ++n)
-      source[n] = data + source_row(row_order, panel * kPanel + n) * cols * static_cast<std::int64_t>(sizeof(From));
+      source[n] =
+          data + source_row(row_order, panel * kPanel + n) * cols * static_cast<std::int64_t>(sizeof(From));
     To* target = out->codes.as<To>() + panel * cols * kPanel;
     for (std::int64_t k = 0; k < cols; ++k)
       for (int n = 0; n < rows; ++n)
@@ -123,13 +124,9 @@ void interleave_as_is(const std::uint8_t* data, const std::int32_t* row_order, s
 std::uint16_t checked_half(float value, std::int64_t row, std::int64_t col) {
   const std::uint16_t half = float_to_half(value);
   if ((half & 0x7fff) == 0x7c00 && std::isfinite(value))
-    throw ArgumentError("array[" + std::to_string(row) + ", " + std::to_string(col) + "]", format_value(value),
-                        "a value that fp16 holds (up to 65504)");
+    throw ArgumentError("array[" + std::to_string(row) + ", " + std::to_string(col) + "]",
+                        format_value(value), "a value that fp16 holds (up to 65504)");
   return half;
-}
-
-void check_float(Codes kind, const char* name) {
-  if (kind < Codes::f16) throw ArgumentError(name, codes_name(kind), "f32, f16 or bf16");
 }
 
 }  // namespace
@@ -161,8 +158,8 @@ void pack_ggml_panels(const std::string& type, const std::uint8_t* data, const s
     interleave_as_is(data, row_order, panel_begin, panel_end, out);
 }
 
-PackedMatrix pack_ggml(const std::string& type, const std::uint8_t* data, std::size_t nbytes, std::int64_t rows,
-                       std::int64_t cols, const std::int32_t* row_order) {
+PackedMatrix pack_ggml(const std::string& type, const std::uint8_t* data, std::size_t nbytes,
+                       std::int64_t rows, std::int64_t cols, const std::int32_t* row_order) {
   PackedMatrix out = allocate_ggml(type, nbytes, rows, cols, row_order);
   pack_ggml_panels(type, data, row_order, 0, out.panels(), &out);
   return out;
@@ -201,7 +198,7 @@ void dequantize_ggml(const std::string& type, const std::uint8_t* data, std::siz
 
 PackedMatrix allocate_float(std::int64_t rows, std::int64_t cols, Codes target) {
   check_shape(rows, cols);
-  check_float(target, "dtype");
+  if (target < Codes::f16) throw ArgumentError("dtype", codes_name(target), "f32, f16 or bf16");
   PackedMatrix out;
   out.kind = target;
   out.rows = rows;
@@ -211,8 +208,9 @@ PackedMatrix allocate_float(std::int64_t rows, std::int64_t cols, Codes target) 
   return out;
 }
 
-void pack_float_panels(const FloatRows& w, std::int64_t panel_begin, std::int64_t panel_end, PackedMatrix* out) {
-  check_float(w.type, "array");
+void pack_float_panels(const FloatRows& w, std::int64_t panel_begin, std::int64_t panel_end,
+                       PackedMatrix* out) {
+  check_floats(*out, w);
   check_panels(*out, panel_begin, panel_end);
   const auto* data = static_cast<const std::uint8_t*>(w.data);
   if (w.type == out->kind) return interleave_as_is(data, nullptr, panel_begin, panel_end, out);
@@ -226,8 +224,9 @@ void pack_float_panels(const FloatRows& w, std::int64_t panel_begin, std::int64_
           data, nullptr, panel_begin, panel_end, out,
           [&](From v, std::int64_t row, std::int64_t k) { return checked_half(widen(v), row, k); });
     else
-      interleave<From, std::uint16_t>(data, nullptr, panel_begin, panel_end, out,
-                                      [&](From v, std::int64_t, std::int64_t) { return float_to_bf16(widen(v)); });
+      interleave<From, std::uint16_t>(
+          data, nullptr, panel_begin, panel_end, out,
+          [&](From v, std::int64_t, std::int64_t) { return float_to_bf16(widen(v)); });
   };
   if (w.type == Codes::f32)
     convert_from(float{}, [](float v) { return v; });

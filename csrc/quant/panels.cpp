@@ -23,8 +23,8 @@ std::uint32_t load_word(const std::uint8_t* p) {
 
 void store_word(std::uint8_t* p, std::uint32_t word) { std::memcpy(p, &word, sizeof word); }
 
-// Each of these handles one output n of a panel; a word holds the codes of four consecutive columns, and words of
-// consecutive lines are 64 bytes apart. `out` points at byte 4n of the first line.
+// Each of these handles one output n of a panel; a word holds the codes of four consecutive columns, and
+// words of consecutive lines are 64 bytes apart. `out` points at byte 4n of the first line.
 
 void store_low_nibbles(const std::uint8_t* codes, std::int64_t columns, std::uint8_t* out) {
   for (std::int64_t l = 0; l < columns / 8; ++l) {
@@ -77,6 +77,13 @@ void check_panels(const PackedMatrix& matrix, std::int64_t begin, std::int64_t e
                         "a range within 0:" + std::to_string(matrix.panels()));
 }
 
+void check_floats(const PackedMatrix& matrix, const FloatRows& w) {
+  if (w.type < Codes::f16) throw ArgumentError("array", codes_name(w.type), "f32, f16 or bf16");
+  if (w.rows != matrix.rows || w.cols != matrix.cols)
+    throw ArgumentError("array", std::to_string(w.rows) + " x " + std::to_string(w.cols),
+                        std::to_string(matrix.rows) + " x " + std::to_string(matrix.cols) + " values");
+}
+
 PackedMatrix allocate_integers(std::int64_t rows, std::int64_t cols, const IntegerLayout& layout) {
   check_shape(rows, cols);
   PackedMatrix out;
@@ -112,7 +119,8 @@ void store_codes(PackedMatrix* out, std::int64_t panel, std::int64_t k, std::int
       store_low_nibbles(codes[n], columns, lines + 4 * n);
   }
   if (!out->extra) return;
-  std::uint8_t* extra = out->extra.as<std::uint8_t>() + (panel * out->kp() + k) / extra_columns(out->kind) * 64;
+  std::uint8_t* extra =
+      out->extra.as<std::uint8_t>() + (panel * out->kp() + k) / extra_columns(out->kind) * 64;
   for (int n = 0; n < kPanel; ++n) {
     if (out->kind == Codes::u5)
       store_fifth_bits(codes[n], columns, extra + 4 * n);

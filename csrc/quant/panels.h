@@ -1,4 +1,5 @@
-// Writing the packed layouts: allocating the planes of a matrix and storing 16 rows of codes and scales into them.
+// Writing the packed layouts: allocating the planes of a matrix and storing 16 rows of codes and scales into
+// them.
 //
 // Shared by every maker of packed matrices (pack.cpp, quantize.cpp). The layouts themselves are described in
 // kernels/kernels.h; unpack.cpp reads them by that description, one code at a time.
@@ -35,6 +36,9 @@ void check_shape(std::int64_t rows, std::int64_t cols);
 
 // Throws ArgumentError unless [begin, end) are panels of the matrix.
 void check_panels(const PackedMatrix& matrix, std::int64_t begin, std::int64_t end);
+
+// Throws ArgumentError unless w holds floats, as many as the matrix it is packed into.
+void check_floats(const PackedMatrix& matrix, const FloatRows& w);
 
 // A float as errors show it.
 inline std::string format_value(float value) {

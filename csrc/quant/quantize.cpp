@@ -1,15 +1,16 @@
-// Our own quantizer: fp32 weights to 4-bit codes with an fp16 scale and minimum per group, or to 8-bit codes with an
-// fp16 scale.
+// Our own quantizer: fp32 weights to 4-bit codes with an fp16 scale and minimum per group, or to 8-bit codes
+// with an fp16 scale.
 //
-// 16 rows are laid side by side, so that a group of one row is a lane and every sum runs down its columns in order:
-// the same bits whatever the vector width, the thread count, or the split of the panels. Lanes come four at a time
-// as a compiler vector, the width of the oldest instruction set (this file is compiled once).
+// 16 rows are laid side by side, so that a group of one row is a lane and every sum runs down its columns in
+// order: the same bits whatever the vector width, the thread count, or the split of the panels. Lanes come
+// four at a time as a compiler vector, the width of the oldest instruction set (this file is compiled once).
 //
-// 4 bits. The values of a group are scale * c + min, c in 0..15; wanted are the fp16 scale and min of least squared
-// error. Given the codes, that is a line fit; given the line, the codes are the nearest levels. From nine starts (the
-// range of the group, and ranges clipped at either end, since one extreme value should not coarsen all others) both
-// steps alternate; every line is rounded to fp16 before it is judged by the values that it decodes to, and the best
-// line seen wins: about 0.8 of the squared error of plain rounding, 0.03 more than a search of 225 starts reaches.
+// 4 bits. The values of a group are scale * c + min, c in 0..15; wanted are the fp16 scale and min of least
+// squared error. Given the codes, that is a line fit; given the line, the codes are the nearest levels. From
+// nine starts (the range of the group, and ranges clipped at either end, since one extreme value should not
+// coarsen all others) both steps alternate; every line is rounded to fp16 before it is judged by the values
+// that it decodes to, and the best line seen wins: about 0.8 of the squared error of plain rounding, 0.03
+// more than a search of 225 starts reaches.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -64,7 +65,8 @@ Floats nearest_level(Floats x, const Line& line, Floats inverse) {
 
 Floats inverse_or_zero(Floats scale) { return scale > 0.0f ? 1.0f / scale : Floats{}; }
 
-// The fp16 line of least squared error found for four groups of `count` values; x: (count, 16), 4 lanes of it.
+// The fp16 line of least squared error found for four groups of `count` values; x: (count, 16), 4 lanes of
+// it.
 Line fit_line(const float* x, int count) {
   Floats low = load(x), high = low, sum{};
   for (int i = 0; i < count; ++i) {
@@ -76,7 +78,8 @@ Line fit_line(const float* x, int count) {
   const Floats middle = 0.5f * (low + high);
   const Floats range = high - low;
 
-  // A constant is the line to beat: right for equal values, and for those too close together for any fp16 scale.
+  // A constant is the line to beat: right for equal values, and for those too close together for any fp16
+  // scale.
   const auto rounded_min = [](Floats min) {
     return round_to_half(lowest(highest(min, all(-kHalfMax)), all(kHalfMax)));
   };
@@ -121,8 +124,8 @@ Line fit_line(const float* x, int count) {
   return best;
 }
 
-// The fp16 scale of symmetric 8-bit codes: amax / 127, one step up where rounding down would cut the largest value
-// by more than half a level (fp16 denormals only).
+// The fp16 scale of symmetric 8-bit codes: amax / 127, one step up where rounding down would cut the largest
+// value by more than half a level (fp16 denormals only).
 float symmetric_scale(float amax) {
   const std::uint16_t half = float_to_half(amax / 127.0f);
   const float scale = half_to_float(half);
@@ -141,7 +144,8 @@ std::uint8_t symmetric_code(float x, float scale) {  // round to nearest even by
                       "a finite value of magnitude at most " + std::to_string(static_cast<int>(limit)));
 }
 
-// Lays up to 16 rows side by side: x[k][n], padded with zeros to kp columns and 16 rows. Refuses |value| > limit.
+// Lays up to 16 rows side by side: x[k][n], padded with zeros to kp columns and 16 rows. Refuses |value| >
+// limit.
 void transpose(const FloatRows& w, std::int64_t first_row, float limit, float* x) {
   const std::int64_t rows = std::min<std::int64_t>(kPanel, w.rows - first_row);
   for (std::int64_t n = 0; n < rows; ++n) {
@@ -196,8 +200,9 @@ PackedMatrix allocate_quantized(std::int64_t rows, std::int64_t cols, int bits, 
   return allocate_integers(rows, cols, {Codes::u8, group, 128, false, false, nullptr});
 }
 
-void quantize_panels(const FloatRows& w, std::int64_t panel_begin, std::int64_t panel_end, PackedMatrix* out) {
-  if (w.type < Codes::f16) throw ArgumentError("weights", codes_name(w.type), "f32, f16 or bf16");
+void quantize_panels(const FloatRows& w, std::int64_t panel_begin, std::int64_t panel_end,
+                     PackedMatrix* out) {
+  check_floats(*out, w);
   check_panels(*out, panel_begin, panel_end);
   const bool symmetric = out->kind == Codes::u8;
   const float limit = symmetric ? 127.0f * kHalfMax : kHalfMax;

@@ -1,8 +1,8 @@
 // Reading packed matrices back, one code at a time, by the words of kernels/kernels.h.
 //
-// Deliberately not the inverse of the word-wise writer in panels.cpp: both follow the same description, so that a
-// slip in either shows as a difference in tests/test_packed.py. The order of the float operations (scale, times
-// level, plus minimum, each rounded) is that of the disk formats.
+// Deliberately not the inverse of the word-wise writer in panels.cpp: both follow the same description, so
+// that a slip in either shows as a difference in tests/test_packed.py. The order of the float operations
+// (scale, times level, plus minimum, each rounded) is that of the disk formats.
 #include <string>
 
 #include "quant/half.h"
@@ -12,7 +12,8 @@ namespace fastllm {
 namespace {
 
 int code_at(const PackedView& w, std::int64_t panel, int n, std::int64_t k) {
-  const auto byte = [&](const std::uint8_t* plane, std::int64_t columns) {  // of a plane with that many a line
+  const auto byte = [&](const std::uint8_t* plane,
+                        std::int64_t columns) {  // of a plane with that many a line
     return static_cast<int>(plane[(panel * (w.kp / columns) + k / columns) * 64 + 4 * n + k % 4]);
   };
   if (w.kind == Codes::u8) return byte(w.codes, 4);
@@ -24,8 +25,8 @@ int code_at(const PackedView& w, std::int64_t panel, int n, std::int64_t k) {
 
 // fp16 (panels, groups, 16), or fp16 (panels, ceil(cols / 256), 16) times integers (panels, groups, 16).
 template <typename Sub>
-float scale_at(const PackedMatrix& m, const AlignedBuffer& scales, const AlignedBuffer& subs, std::int64_t panel,
-               std::int64_t k, int n) {
+float scale_at(const PackedMatrix& m, const AlignedBuffer& scales, const AlignedBuffer& subs,
+               std::int64_t panel, std::int64_t k, int n) {
   const auto* half = scales.as<std::uint16_t>();
   const std::int64_t group = panel * m.groups() + k / m.group;
   if (!subs) return half_to_float(half[group * kPanel + n]);
@@ -65,13 +66,20 @@ void unpack_floats(const PackedMatrix& m, std::int64_t row, float* out) {
 
 const char* codes_name(Codes kind) {
   switch (kind) {
-    case Codes::u4: return "u4";
-    case Codes::u5: return "u5";
-    case Codes::u6: return "u6";
-    case Codes::u8: return "u8";
-    case Codes::f16: return "f16";
-    case Codes::bf16: return "bf16";
-    case Codes::f32: return "f32";
+    case Codes::u4:
+      return "u4";
+    case Codes::u5:
+      return "u5";
+    case Codes::u6:
+      return "u6";
+    case Codes::u8:
+      return "u8";
+    case Codes::f16:
+      return "f16";
+    case Codes::bf16:
+      return "bf16";
+    case Codes::f32:
+      return "f32";
   }
   return "?";
 }

@@ -6,8 +6,9 @@ A `Completion` follows one `Sequence` of the scheduler, takes its new tokens aft
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastllm.engine.sequence import Sequence
 from fastllm.engine.stop import StopMatcher, StopStrings
@@ -31,6 +32,18 @@ class Detokenizer(Protocol):
 
     def push(self, ids: SequenceOf[int], /) -> str: ...
     def flush(self) -> str: ...
+
+
+DetokenizerFactory = Callable[[Any, SequenceOf[int], bool], Detokenizer]
+
+
+def incremental_detokenizer(
+    tokenizer: Any, prompt_token_ids: SequenceOf[int], skip_special_tokens: bool
+) -> Detokenizer:
+    """fastllm's own detokenizer."""
+    from fastllm.formats.detokenizer import IncrementalDetokenizer
+
+    return IncrementalDetokenizer(tokenizer, prompt_token_ids, skip_special_tokens=skip_special_tokens)
 
 
 class TokenTexts:

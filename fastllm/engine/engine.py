@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence as SequenceOf
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from types import TracebackType
 
 from fastllm.engine import hooks as events
 from fastllm.engine.block_pool import BlockPool
-from fastllm.engine.completion import Completion, Detokenizer, Tokenizer, TokenTexts, row_logprobs
+from fastllm.engine.completion import (
+    Completion,
+    DetokenizerFactory,
+    Tokenizer,
+    TokenTexts,
+    incremental_detokenizer,
+    row_logprobs,
+)
 from fastllm.engine.hooks import EngineHook, HookTable, emit
 from fastllm.engine.interrupt import InterruptGuard
+from fastllm.engine.request import Request
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids
 from fastllm.engine.stop import StopStrings
 from fastllm.errors import EngineDeadError, RequestError
 from fastllm.executor.base import Executor, StepResult
-from fastllm.outputs import PromptLogprobs, RequestMetrics, RequestOutput
+from fastllm.outputs import RequestOutput
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
-
-DetokenizerFactory = Callable[[Tokenizer, SequenceOf[int], bool], Detokenizer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,66 +55,6 @@ class EngineConfig:
     block_size: int | None = None
     vocab_size: int | None = None
     seed: int = 0
-
-
-class Request:
-    """A request and its n completions."""
-
-    __slots__ = (
-        "closed",
-        "completions",
-        "kind",
-        "metrics",
-        "num_running",
-        "params",
-        "prompt",
-        "prompt_logprobs",
-        "prompt_token_ids",
-        "request_id",
-        "seed",
-        "sent_prompt_logprobs",
-    )
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        seed: int,
-        arrival_time: float,
-    ) -> None:
-        self.request_id = request_id
-        self.prompt = prompt
-        self.prompt_token_ids = prompt_token_ids
-        self.params = params
-        self.kind = params.output_kind
-        self.seed = seed
-        self.completions: list[Completion] = []
-        self.num_running = params.n  # completions that have not ended
-        self.prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
-        self.sent_prompt_logprobs = False
-        self.metrics = RequestMetrics(arrival_time)
-        self.closed = False  # its last output was made
-
-    def output(self) -> RequestOutput:
-        """What its caller is told now."""
-        delta = self.kind is RequestOutputKind.DELTA
-        prompt_logprobs = self.prompt_logprobs
-        if delta and self.sent_prompt_logprobs:
-            prompt_logprobs = None
-        self.sent_prompt_logprobs = True
-        return RequestOutput(
-            self.request_id,
-            self.prompt,
-            self.prompt_token_ids,
-            prompt_logprobs,
-            [item.output(delta=delta) for item in self.completions if item.moved or not delta],
-            self.num_running == 0,
-            self.metrics,
-            0,
-            self.seed,
-        )
 
 
 class Engine:
@@ -151,7 +98,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_token_ids = sorted(tokenizer.eos_token_ids)
         self._texts = TokenTexts(tokenizer)
-        self._make_detokenizer = detokenizer_factory or _incremental_detokenizer
+        self._make_detokenizer = detokenizer_factory or incremental_detokenizer
         self._clock = clock
         self._hooks = HookTable(hooks)
         self._guard = InterruptGuard()
@@ -159,6 +106,8 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._ready: list[RequestOutput] = []  # made, but not returned yet
         self._cause: BaseException | None = None  # why the engine is dead
+        self._obituary = ""
+        self._lost: tuple[str, ...] = ()
         self._closed = False
 
     # ---- requests ----------------------------------------------------------------------------------------
@@ -229,14 +178,13 @@ class Engine:
             )
             sequence.owner = (request, completion)
             request.completions.append(completion)
-        self._requests[request_id] = request
-        for completion in request.completions:
-            self.scheduler.add(completion.sequence)
-        if self._hooks.queued:
-            emit(
-                self._hooks.queued,
-                events.Queued(request.metrics.arrival_time, request_id, len(packed), params.n),
-            )
+        with self._guard:
+            self._requests[request_id] = request
+            for completion in request.completions:
+                self.scheduler.add(completion.sequence)
+            if self._hooks.queued:
+                event = events.Queued(request.metrics.arrival_time, request_id, len(packed), params.n)
+                emit(self._hooks.queued, event)
 
     def abort(self, request_id: str) -> None:
         """End a request in any state: its blocks are free at once, or when the step in flight is over.
@@ -246,8 +194,9 @@ class Engine:
         """
         request = self._requests.get(request_id)
         if request is not None:
-            self._abort(request)
-            self._ready.append(request.output())
+            with self._guard:
+                self._abort(request)
+                self._ready.append(request.output())
 
     def _abort(self, request: Request) -> None:
         for completion in request.completions:
@@ -301,8 +250,10 @@ class Engine:
             moved = scheduler.update(result)
         except Exception as error:
             raise self._die(error) from error
-        except BaseException:  # interrupted: nothing was counted, the same step comes again
-            scheduler.rollback()
+        except BaseException as error:
+            if scheduler.in_flight is None:  # the step was counted, its tokens are lost
+                raise self._die(error) from error
+            scheduler.rollback()  # the same step comes again
             raise
         try:
             now = self._clock()
@@ -328,12 +279,16 @@ class Engine:
     def _note_scheduled(self, now: float) -> None:
         """Metrics and events of the sequences that this step preempted or admitted."""
         for sequence in self.scheduler.preempted:
+            if sequence.owner is None:  # aborted by a hook a moment ago, here and below
+                continue
             request, _ = sequence.owner
             request.metrics.num_preemptions += 1
             if self._hooks.preempted:
                 event = events.Preempted(now, sequence.request_id, sequence.index, sequence.num_tokens)
                 emit(self._hooks.preempted, event)
         for sequence in self.scheduler.admitted:
+            if sequence.owner is None:
+                continue
             request, _ = sequence.owner
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
@@ -348,7 +303,7 @@ class Engine:
         """Turn a step's tokens into outputs."""
         touched: dict[str, Request] = {}
         for sequence in moved:
-            if sequence.owner is None:  # aborted by a hook a moment ago
+            if sequence.owner is None:
                 continue
             request: Request
             completion: Completion
@@ -397,11 +352,13 @@ class Engine:
     def _add_prompt_logprobs(self, request: Request, sequence: Sequence, result: StepResult) -> None:
         """Its prompt rows are the next positions of the prompt, in order, whatever the chunks were."""
         known = request.prompt_logprobs
-        assert known is not None and request.params.prompt_logprobs is not None
+        count = request.params.prompt_logprobs
+        assert known is not None
+        assert count is not None
         texts = self._texts if request.params.detokenize else None
         for row in range(sequence.first_row, sequence.first_row + sequence.num_prompt_rows):
             token = request.prompt_token_ids[len(known)]
-            known.append(row_logprobs(result, row, token, request.params.prompt_logprobs, texts))
+            known.append(row_logprobs(result, row, token, count, texts))
 
     # ---- state -------------------------------------------------------------------------------------------
 
@@ -418,7 +375,7 @@ class Engine:
     @property
     def lost_request_ids(self) -> tuple[str, ...]:
         """The requests that died with the engine; empty while it lives."""
-        return self._lost if self._cause is not None else ()
+        return self._lost
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do or to return."""
@@ -484,11 +441,3 @@ class Engine:
                     raise AssertionError(f"E3: {item.num_tokens} tokens delivered of {item.sequence!r}")
         if live:
             raise AssertionError(f"E4: sequences that belong to no request: {list(live)}")
-
-
-def _incremental_detokenizer(
-    tokenizer: Tokenizer, prompt_token_ids: SequenceOf[int], skip_special_tokens: bool
-) -> Detokenizer:
-    from fastllm.formats.detokenizer import IncrementalDetokenizer
-
-    return IncrementalDetokenizer(tokenizer, prompt_token_ids, skip_special_tokens=skip_special_tokens)

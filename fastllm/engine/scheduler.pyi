@@ -1,8 +1,9 @@
+from typing_extensions import disjoint_base
+
 from fastllm.engine.block_pool import BlockPool
 from fastllm.engine.sequence import Sequence
 from fastllm.engine.step_batch import StepBatch
 from fastllm.executor.base import StepResult
-from typing_extensions import disjoint_base
 
 @disjoint_base
 class Scheduler:

@@ -1,5 +1,6 @@
-from fastllm.executor.base import Float32Array, Int32Array, UInt64Array
 from typing_extensions import disjoint_base
+
+from fastllm.executor.base import Float32Array, Int32Array, UInt64Array
 
 @disjoint_base
 class StepBatch:

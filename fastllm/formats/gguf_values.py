@@ -74,6 +74,10 @@ class StringArray(Sequence[str]):
         index = range(len(self))[index]  # negative ones too; IndexError past the end
         return bytes(self._buffer[int(self._starts[index]) + 8 : int(self._starts[index + 1])])
 
+    def tolist(self) -> list[str]:
+        """All strings, under the name that arrays of numbers have for it."""
+        return list(self)
+
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload

@@ -189,7 +189,9 @@ def _check_shape(path: str, spec: DecoderSpec, plan: _Plan, tensor: CheckpointTe
     float_only = len(expected) == 1 or plan.transposed
     if tensor.dtype not in (_FLOAT_BYTES if float_only else _MATRIX_TYPES):
         kind = "transposed matrix" if plan.transposed else "vector" if float_only else "matrix"
-        raise UnsupportedModelError(f"{path}: tensor {plan.name}: a {tensor.dtype} {kind} is not supported")
+        raise UnsupportedModelError(
+            f"{path}: tensor {plan.name}: {tensor.dtype} is not supported for a {kind}"
+        )
 
 
 def _rows(tensor: CheckpointTensor, first: int, count: int) -> CheckpointTensor:

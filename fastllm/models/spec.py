@@ -220,7 +220,8 @@ class DecoderSpec:
         if len(self.sliding_layers) != expected:
             raise self._contradiction(
                 "sliding_layers",
-                f"expected {expected} entries, one per layer, got {len(self.sliding_layers)}",
+                f"expected {expected} entries with sliding_window {self.sliding_window}, "
+                f"got {len(self.sliding_layers)}",
             )
 
     def _check_positions(self) -> None:

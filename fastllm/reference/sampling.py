@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 from fastllm.reference.dense import Float64, log_softmax, softmax
 
+GREEDY_BELOW = 1e-5
+"""A temperature under this counts as 0, as in vLLM."""
+
 
 def apply_bias(
     logits: npt.ArrayLike, bias: Mapping[int, float] | None = None, banned: Sequence[int] = ()
@@ -68,10 +71,10 @@ def sampling_probabilities(
 ) -> Float64:
     """The distribution that a token is drawn from, after bias and penalties.
 
-    Tokens stand in one order: falling logit, then rising id. temperature 0 leaves the first alone. Otherwise,
-    with p = softmax(logits / temperature): min_p drops tokens with p < min_p * max(p); top_k (0: off) keeps
-    the first top_k and all that equal the last of them; top_p, on the renormalised rest, keeps each token
-    while the sum of those before it is below top_p. What is left is renormalised.
+    Tokens stand in one order: falling logit, then rising id. A temperature below 1e-5 leaves the first alone.
+    Otherwise, with p = softmax(logits / temperature): min_p drops tokens with p < min_p * max(p); top_k (0:
+    off) keeps the first top_k and all that equal the last of them; top_p, on the renormalised rest, keeps
+    each token while the sum of those before it is below top_p. What is left is renormalised.
 
     Args:
         logits: (V,); minus infinity for tokens that must not appear.
@@ -81,7 +84,7 @@ def sampling_probabilities(
     """
     logits = np.asarray(logits, dtype=np.float64)
     order = np.argsort(-logits, kind="stable")  # ties: the lower id first
-    if temperature == 0.0:
+    if temperature < GREEDY_BELOW:
         p = np.zeros_like(logits)
         p[order[0]] = 1.0
         return p
