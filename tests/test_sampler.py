@@ -243,6 +243,40 @@ def test_nucleus_of_equals_is_cut_by_id() -> None:
     assert ties.max() > 900, "all that equal the k-th highest stay"
 
 
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([40, 140, 300]),
+    st.sampled_from([0.0, 0.01, 0.3]),
+    st.sampled_from(
+        [
+            {"top_p": 0.5},
+            {"top_p": 0.9},
+            {"top_k": 30},
+            {"min_p": 0.8},
+            {"top_p": 0.7, "min_p": 0.75, "top_k": 250},
+        ]
+    ),
+)
+def test_everything_that_is_kept_is_drawn(
+    seed: int, vocab: int, spread: float, filters: dict[str, float]
+) -> None:
+    """Of nearly equal probabilities, 8,000 draws meet each: just the tokens that the oracle keeps."""
+    rng = np.random.default_rng(seed)
+    logits = np.full((1, 1000), -2.0, np.float32)
+    logits[0, rng.permutation(1000)[:vocab]] = 10.0 + rng.uniform(-spread, spread, vocab).astype(np.float32)
+    rows = [filters | {"temperature": 1.0, "seed": seed, "position": position} for position in range(8000)]
+    drawn = sample(np.repeat(logits, len(rows), axis=0), rows)["tokens"]
+    kept = [
+        np.flatnonzero(reference.sampling_probabilities(logits[0], temperature=1.0, **(filters | change)))
+        for change in (
+            [{"top_p": filters["top_p"] * (1 + e)} for e in (-SLACK, 0, SLACK)]
+            if "top_p" in filters
+            else [{}]
+        )
+    ]
+    assert any(np.array_equal(np.unique(drawn), some) for some in kept)
+
+
 def test_draws_follow_the_distribution() -> None:
     """4,000 draws from 8 tokens; every count within 5 standard deviations."""
     logits = np.log(np.array([[1, 2, 3, 4, 5, 6, 7, 8]], np.float64) / 36).astype(np.float32)
