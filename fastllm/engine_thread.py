@@ -42,7 +42,7 @@ class Bell(Protocol):
     """Tells a reader that there is something in its mailboxes. Called on the engine thread; must not wait."""
 
     def post(self, mailbox: Mailbox) -> None:
-        """Something was put into a mailbox."""
+        """Something was put into an empty mailbox."""
         ...
 
     def ring(self) -> bool:
@@ -69,10 +69,12 @@ class Mailbox:
     def put(self, output: RequestOutput) -> None:
         """Called on the engine thread."""
         with self._lock:
-            if self._output is not None and self.kind is RequestOutputKind.DELTA:
-                output = join_deltas(self._output, output)
+            older = self._output
+            if older is not None and self.kind is RequestOutputKind.DELTA:
+                output = join_deltas(older, output)
             self._output = output
-        self.bell.post(self)
+        if older is None:
+            self.bell.post(self)
 
     def fail(self, error: Exception) -> None:
         """The request has no further output; the reader gets the error once it has taken what there is."""
@@ -253,6 +255,8 @@ class EngineThread:
 
         if os.getpid() == self._pid:
             self._put(command)
+        else:  # a forked process has neither the thread nor the requests
+            done.set_result(None)
         return done
 
     def stop(self) -> None:

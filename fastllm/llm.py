@@ -6,7 +6,6 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
@@ -275,21 +274,20 @@ class LLM:
             for prompt, tokens, given, place in zip(prompts, ids, params, places, strict=True)
         ]
         outputs: dict[str, RequestOutput] = {}
-        bar = _bar(len(batch), use_tqdm)
+        progress = _Progress(len(batch), use_tqdm)
         try:
             self._thread.admit(batch).result()
             while len(outputs) < len(batch):
                 output = call.next().take()
                 if output is not None:
                     outputs[output.request_id] = output
-                    _advance(bar, output)
+                    progress.advance(output)
         except BaseException:
             left = [item.mailbox for item in batch if item.mailbox.request_id not in outputs]
-            _wait(self._thread.discard(left))
+            self._thread.discard(left).result()  # a second Ctrl-C ends the waiting, not the discarding
             raise
         finally:
-            if bar is not None:
-                bar.close()
+            progress.close()
         return [outputs[item.mailbox.request_id] for item in batch]
 
     def _next_id(self) -> str:
@@ -346,34 +344,35 @@ class _Call:
         return self._posted.get()
 
 
-def _wait(future: Future[None]) -> None:
-    """For what is certain to be done; a second Ctrl-C ends the waiting, not the doing."""
-    future.result()
+class _Progress:
+    """The bar over a batch of prompts, or nothing at all.
 
+    Args:
+        total: prompts.
+        wanted: whether to show it; None: where stderr is a terminal and several prompts take more than a second.
+    """
 
-def _bar(total: int, wanted: bool | None) -> tqdm[Any] | None:
-    """A progress bar over `total` prompts, or None."""
-    if total == 0 or wanted is False or (wanted is None and (total == 1 or not sys.stderr.isatty())):
-        return None
-    from tqdm import tqdm
+    __slots__ = ("_bar", "_generated")
 
-    class Bar(tqdm):  # type: ignore[type-arg]
-        monitor_interval = 0  # no thread that watches over it
+    def __init__(self, total: int, wanted: bool | None) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._generated = 0
+        if total > 0 and (wanted or (wanted is None and total > 1 and sys.stderr.isatty())):
+            from tqdm import tqdm
 
-    return Bar(
-        total=total,
-        desc="prompts",
-        dynamic_ncols=True,
-        delay=0.0 if wanted else _BAR_DELAY,
-    )
+            delay = 0.0 if wanted else _BAR_DELAY
+            self._bar = tqdm(total=total, desc="prompts", dynamic_ncols=True, delay=delay)
 
+    def advance(self, output: RequestOutput) -> None:
+        """One prompt is done."""
+        if self._bar is None:
+            return
+        self._generated += sum(len(item.token_ids) for item in output.outputs)
+        elapsed = self._bar.format_dict["elapsed"]
+        if elapsed > 0:
+            self._bar.set_postfix_str(f"{self._generated / elapsed:.1f} tokens/s", refresh=False)
+        self._bar.update()
 
-def _advance(bar: tqdm[Any] | None, output: RequestOutput) -> None:
-    if bar is None:
-        return
-    generated = getattr(bar, "generated", 0) + sum(len(item.token_ids) for item in output.outputs)
-    bar.generated = generated
-    elapsed = bar.format_dict["elapsed"]
-    if elapsed > 0:
-        bar.set_postfix_str(f"{generated / elapsed:.1f} tokens/s", refresh=False)
-    bar.update()
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
