@@ -18,7 +18,7 @@ from fastllm.errors import EngineDeadError, RequestError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
 from fastllm.outputs import CompletionOutput, RequestOutput
-from fastllm.prompts import Message, Prompt, PromptType, parse_params, parse_prompt, render_chat, tokenize
+from fastllm.prompts import Message, PromptType, parse_params, parse_prompt, render_chat, tokenize
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class AsyncLLM:
         self._max_model_len = max_model_len
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._bells: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopBell] = weakref.WeakKeyDictionary()
+        self._bells: _LoopBells = weakref.WeakKeyDictionary()
         self._preparing: dict[str, _Preparation] = {}
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="fastllm-tokenize")
         self._thread = EngineThread(engine)
@@ -373,6 +373,9 @@ class _LoopBell:
         self._scheduled = False  # before looking: what is posted from now on rings again
         while self._posted:
             self._posted.popleft().posted.set()
+
+
+_LoopBells = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopBell]
 
 
 def _aborted(request_id: str, text: str | None, ids: Sequence[int], params: SamplingParams) -> RequestOutput:

@@ -228,7 +228,7 @@ class EngineThread:
         self._put(command)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """End requests; their readers get a last output with finish_reason "abort". Unknown ids are ignored."""
+        """End requests; their readers get a last output ("abort"). Unknown ids are ignored."""
         ids = tuple(request_ids)
 
         def command(engine: Engine) -> None:

@@ -349,7 +349,7 @@ class _Progress:
 
     Args:
         total: prompts.
-        wanted: whether to show it; None: where stderr is a terminal and several prompts take more than a second.
+        wanted: whether to show it; None: for several prompts that take more than a second, on a terminal.
     """
 
     __slots__ = ("_bar", "_generated")

@@ -58,7 +58,7 @@ class ModelOptions:
         if not isinstance(self.model, (str, os.PathLike)):
             raise RequestError("model", self.model, "a path or a model reference")
         if self.device == "cuda":
-            raise UnsupportedModelError("device: there is no GPU executor yet; 'cpu' runs every supported model")
+            raise UnsupportedModelError("device: there is no GPU executor yet; 'cpu' runs every model")
         _choice("device", self.device, ("cpu",))
         _choice("quantization", self.quantization, (None, *QUANTIZATIONS))
         _choice("kv_cache_dtype", self.kv_cache_dtype, tuple(KV_CACHE_DTYPES))
@@ -75,7 +75,9 @@ class ModelOptions:
         if self.kv_cache_tokens is not None:
             _count("kv_cache_tokens", self.kv_cache_tokens, 1, _INT32_MAX)
             if self.kv_cache_memory_bytes is not None:
-                raise RequestError("kv_cache_tokens", self.kv_cache_tokens, "None beside kv_cache_memory_bytes")
+                raise RequestError(
+                    "kv_cache_tokens", self.kv_cache_tokens, "None beside kv_cache_memory_bytes"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,9 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
         spec = spec_from_checkpoint(checkpoint)
         asked = options.max_model_len
         if asked is not None and asked > spec.context_length:
-            raise RequestError("max_model_len", asked, f"at most the model's context of {spec.context_length} tokens")
+            raise RequestError(
+                "max_model_len", asked, f"at most the model's context of {spec.context_length} tokens"
+            )
         tokenizer = _tokenizer(options, checkpoint)
         executor = _executor(options, checkpoint, spec)
     try:
@@ -125,7 +129,7 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
         raise
     capacity = executor.kv_capacity() * executor.block_size
     logger.info(
-        "%s: at most %d tokens per sequence (context %d, KV cache %d tokens): %.1f sequences of full length at once",
+        "%s: at most %d tokens per sequence (context %d, KV cache %d tokens), %.1f sequences of full length",
         path,
         max_model_len,
         spec.context_length,
@@ -199,8 +203,8 @@ def _max_model_len(options: ModelOptions, spec: DecoderSpec, executor: CpuExecut
         return min(spec.context_length, had)
     if options.max_model_len > had:
         raise CapacityError(
-            f"max_model_len: a sequence in a KV cache of {executor.kv_capacity()} blocks x {executor.block_size} "
-            f"tokens ({executor.kv_cache_bytes} bytes)",
+            f"max_model_len: a sequence in a KV cache of {executor.kv_capacity()} blocks x "
+            f"{executor.block_size} tokens ({executor.kv_cache_bytes} bytes)",
             asked=options.max_model_len,
             had=had,
             would_fit=had,

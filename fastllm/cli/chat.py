@@ -46,7 +46,7 @@ class _Conversation:
         self.messages = list(self._start)
 
     def answer(self, text: str) -> None:
-        """Write the answer to a message as it comes. What was written before a Ctrl-C stays in the conversation."""
+        """Write the answer to a message as it comes. What came before a Ctrl-C stays in the conversation."""
         self.messages.append({"role": "user", "content": text})
         pieces: list[str] = []
         last = None

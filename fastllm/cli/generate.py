@@ -15,12 +15,15 @@ def generate(options: argparse.Namespace) -> int:
     prompt = DEFAULT_PROMPT if options.prompt is None else read_text(options.prompt, "prompt")
     with make_llm(options) as llm:
         outputs = llm.stream(prompt, params)
+        pieces: list[str] = []
         if options.echo or options.prompt is None:
+            pieces.append(prompt)
             write(prompt)
         try:
-            last = write_stream(outputs, [])
+            last = write_stream(outputs, pieces)
         finally:
-            write("\n")
+            if pieces:
+                write("\n")
     if last is not None and not options.quiet:
         print(speed(last), file=sys.stderr)
     return 0

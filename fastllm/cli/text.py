@@ -17,7 +17,8 @@ def read_text(given: str, what: str) -> str:
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise RequestError(what, error.object[error.start : error.start + 8], "text in UTF-8 on stdin") from error
+        wrong = error.object[error.start : error.start + 8]
+        raise RequestError(what, wrong, "text in UTF-8 on stdin") from error
 
 
 def for_terminal(text: str) -> str:
@@ -55,9 +56,8 @@ def speed(output: RequestOutput) -> str:
     prompt_tokens = len(output.prompt_token_ids)
     prefill = metrics.first_token_time - metrics.first_scheduled_time
     waited = metrics.first_token_time - metrics.arrival_time
-    lines = [
-        f"prompt: {prompt_tokens} tokens, {_rate(prompt_tokens, prefill)}; first token after {waited * 1000:.1f} ms"
-    ]
+    rate = _rate(prompt_tokens, prefill)
+    lines = [f"prompt: {prompt_tokens} tokens, {rate}; first token after {waited * 1000:.1f} ms"]
     # The first token comes out of the prompt's pass, so the rate is that of the others.
     generated = metrics.num_generated_tokens
     decode = (metrics.last_token_time or metrics.first_token_time) - metrics.first_token_time
