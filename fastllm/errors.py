@@ -51,6 +51,20 @@ class UnsupportedModelError(FastLLMError):
     """The model is well formed, but of a kind that fastllm does not run (yet)."""
 
 
+class ModelSourceError(FastLLMError):
+    """A model could not be fetched, or what was fetched is not what was expected.
+
+    Attributes:
+        reference: the model reference, for instance "pypi:PACKAGE==VERSION".
+        reason: what went wrong, with the last words of the tool that fetched it.
+    """
+
+    def __init__(self, reference: str, reason: str) -> None:
+        self.reference = reference
+        self.reason = reason
+        super().__init__(f"{reference}: {reason}")
+
+
 class RequestError(FastLLMError, ValueError):
     """A request, or an argument of a call, is invalid.
 

@@ -31,7 +31,8 @@ class FloatMode {
   unsigned saved_;
 };
 
-// Waits until value != old: spins for about `spin_us` microseconds, then sleeps.
+// Waits until value != old: spins for about `spin_us` microseconds, then sleeps. From the second round of spins on the
+// processor is offered to others: when there are more threads than processors, the one waited for may need it.
 void wait_change(std::atomic<std::uint32_t>& value, std::uint32_t old, int spin_us) {
   using Clock = std::chrono::steady_clock;
   const auto deadline = Clock::now() + std::chrono::microseconds(spin_us);
@@ -40,6 +41,7 @@ void wait_change(std::atomic<std::uint32_t>& value, std::uint32_t old, int spin_
       if (value.load(std::memory_order_acquire) != old) return;
       _mm_pause();
     }
+    sched_yield();
   } while (Clock::now() < deadline);
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }

@@ -34,9 +34,11 @@ void quantize_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, const Q
         row.fsums16[2 * g] = row.fsums16[2 * g + 1] = row.fsums32[g] = __builtin_nanf("");
         continue;
       }
-      const float scale = amax / 127.0f;
-      // A group of denormals has no finite inverse; it counts as zero.
-      const float inverse = amax > 0x1p-120f ? 127.0f / amax : 0.0f;
+      // A group too small for a finite inverse (amax below 3.8e-37, or zero) counts as zero.
+      const float quotient = 127.0f / amax;
+      const bool finite = quotient <= 3.402823466e38f;
+      const float scale = finite ? amax / 127.0f : 0.0f;
+      const float inverse = finite ? quotient : 0.0f;
       const i32x16 qa = round_to_int(mul(a, set1(inverse)));
       const i32x16 qb = round_to_int(mul(b, set1(inverse)));
       store_s8(row.q + 32 * g, qa);

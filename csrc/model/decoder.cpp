@@ -61,7 +61,7 @@ Decoder::Matrix* Decoder::find_matrix(const std::string& slot, std::int64_t laye
     if (slot == "head") return shape(c.vocab_size, c.dim, &head_);
     return nullptr;
   }
-  if (layer >= c.num_layers) return nullptr;
+  if (layer >= static_cast<std::int64_t>(layers_.size())) return nullptr;  // none are left after close()
   Layer& l = layers_[static_cast<std::size_t>(layer)];
   if (slot == "q") return shape(q_rows, c.dim, &l.q);
   if (slot == "k") return shape(kv_rows, c.dim, &l.k);
@@ -84,7 +84,7 @@ Decoder::Vector* Decoder::find_vector(const std::string& slot, std::int64_t laye
     if (slot == "final_norm_bias") return sized(c.dim, &final_norm_bias_);
     return nullptr;
   }
-  if (layer >= c.num_layers) return nullptr;
+  if (layer >= static_cast<std::int64_t>(layers_.size())) return nullptr;  // none are left after close()
   Layer& l = layers_[static_cast<std::size_t>(layer)];
   if (slot == "attn_norm") return sized(c.dim, &l.attn_norm);
   if (slot == "attn_norm_bias") return sized(c.dim, &l.attn_norm_bias);
@@ -154,6 +154,18 @@ std::size_t Decoder::weight_bytes() const {
     for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down})
       if (*m) bytes += (*m)->nbytes();
   return bytes;
+}
+
+void Decoder::close() {
+  embed_.reset();
+  head_.reset();
+  layers_.clear();
+  kv_ = MappedBuffer();
+  kv_blocks_ = 0;
+  for (AlignedBuffer* buffer : {&final_norm_, &final_norm_bias_, &x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_, &cos_,
+                                &sin_, &cos_sliding_, &sin_sliding_, &quantized_, &logits_, &partials_})
+    *buffer = AlignedBuffer();
+  for (ThreadState& state : thread_state_) state = ThreadState{};
 }
 
 // ---- the KV cache ----------------------------------------------------------------------------------------
@@ -327,11 +339,11 @@ void Decoder::embed(Team& team, const StepInput& in) {
       for (std::int64_t i = 0; i < half; ++i) {
         const auto at = static_cast<std::size_t>(i);
         double s, co;
-        math::sincos(in.positions[t] * c.inv_freq[at], &s, &co);
+        sincos_double(in.positions[t] * c.inv_freq[at], &s, &co);
         cos_.as<float>()[t * half + i] = static_cast<float>(co);
         sin_.as<float>()[t * half + i] = static_cast<float>(s);
         if (c.inv_freq_sliding.empty()) continue;
-        math::sincos(in.positions[t] * c.inv_freq_sliding[at], &s, &co);
+        sincos_double(in.positions[t] * c.inv_freq_sliding[at], &s, &co);
         cos_sliding_.as<float>()[t * half + i] = static_cast<float>(co);
         sin_sliding_.as<float>()[t * half + i] = static_cast<float>(s);
       }

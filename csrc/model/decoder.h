@@ -91,6 +91,9 @@ class Decoder {
 
   void step(const StepInput& in, const StepOutput& out);
 
+  // Frees weights, cache and activations; only the sizes remain.
+  void close();
+
  private:
   using Vector = AlignedBuffer;
   using Matrix = std::shared_ptr<const PackedMatrix>;

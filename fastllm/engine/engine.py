@@ -1,0 +1,443 @@
+"""The engine: requests in, one step at a time, outputs out.
+
+`Engine` joins the scheduler (which tokens next), an executor (computes them) and the completions (text, stop
+strings, logprobs). It runs in the caller's thread, one call at a time, and starts none of its own.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from types import TracebackType
+
+from fastllm.engine import hooks as events
+from fastllm.engine.block_pool import BlockPool
+from fastllm.engine.completion import (
+    Completion,
+    DetokenizerFactory,
+    Tokenizer,
+    TokenTexts,
+    incremental_detokenizer,
+    row_logprobs,
+)
+from fastllm.engine.hooks import EngineHook, HookTable, emit
+from fastllm.engine.interrupt import InterruptGuard
+from fastllm.engine.request import Request
+from fastllm.engine.scheduler import Scheduler
+from fastllm.engine.sequence import Sequence, pack_token_ids
+from fastllm.engine.stop import StopStrings
+from fastllm.errors import EngineDeadError, RequestError
+from fastllm.executor.base import Executor, StepResult
+from fastllm.outputs import RequestOutput
+from fastllm.sampling_params import RequestOutputKind, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits of an engine.
+
+    Attributes:
+        max_model_len: most tokens of a sequence, prompt included.
+        max_num_seqs: most sequences running at once.
+        max_num_batched_tokens: most tokens in a step, decodes and prompt chunks together.
+        block_size: tokens per block of the KV cache; None: the executor's. Another value than the
+            executor's is refused.
+        vocab_size: token ids are below it; None: the tokenizer's.
+        seed: where the seeds of requests without one come from.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int | None = None
+    vocab_size: int | None = None
+    seed: int = 0
+
+
+class Engine:
+    """Continuous batching of requests on one executor. Not thread-safe.
+
+    Args:
+        executor: computes the steps; the engine closes it.
+        tokenizer: gives vocab_size, eos_token_ids and the text of tokens.
+        config: limits.
+        hooks: who is told of events.
+        detokenizer_factory: makes a sequence's detokenizer from (tokenizer, prompt_token_ids,
+            skip_special_tokens); None: `fastllm.formats.detokenizer.IncrementalDetokenizer`.
+        clock: seconds, monotonic; the only clock in the engine.
+
+    Raises:
+        RequestError: a limit is out of range or contradicts the executor.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        hooks: SequenceOf[EngineHook] = (),
+        *,
+        detokenizer_factory: DetokenizerFactory | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if config.block_size is not None and config.block_size != executor.block_size:
+            raise RequestError("block_size", config.block_size, f"the executor's ({executor.block_size})")
+        self.config = config
+        self.scheduler = Scheduler(
+            num_blocks=executor.kv_capacity(),
+            block_size=executor.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            vocab_size=tokenizer.vocab_size if config.vocab_size is None else config.vocab_size,
+        )
+        self._executor = executor
+        self._tokenizer = tokenizer
+        self._eos_token_ids = sorted(tokenizer.eos_token_ids)
+        self._texts = TokenTexts(tokenizer)
+        self._make_detokenizer = detokenizer_factory or incremental_detokenizer
+        self._clock = clock
+        self._hooks = HookTable(hooks)
+        self._guard = InterruptGuard()
+        self._seeds = random.Random(config.seed)
+        self._requests: dict[str, Request] = {}
+        self._ready: list[RequestOutput] = []  # made, but not returned yet
+        self._cause: BaseException | None = None  # why the engine is dead
+        self._obituary = ""
+        self._lost: tuple[str, ...] = ()
+        self._closed = False
+
+    # ---- requests ----------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Put a request at the end of the queue. A request that is refused changes nothing.
+
+        Args:
+            request_id: a name that no unfinished request has.
+            prompt_token_ids: at least one id.
+            params: how to sample.
+            prompt: the prompt's text, handed on to the outputs.
+            priority: 0; requests are served in order of arrival.
+
+        Raises:
+            RequestError: an argument is invalid.
+            CapacityError: the prompt can never fit: it leaves no room for a token in max_model_len, or is
+                longer than the whole KV cache. (max_tokens is no reason to refuse: a sequence that reaches
+                either bound ends with "length".)
+            EngineDeadError: the engine is dead.
+        """
+        self.check_health()
+        if not isinstance(request_id, str) or not request_id:
+            raise RequestError("request_id", request_id, "a non-empty string")
+        if request_id in self._requests:
+            raise RequestError("request_id", request_id, "a name that no unfinished request has")
+        if not isinstance(params, SamplingParams):
+            raise RequestError("params", params, "SamplingParams")
+        if isinstance(priority, bool) or priority != 0:
+            raise RequestError("priority", priority, "0 (requests are served in order of arrival)")
+        vocab_size = self.scheduler.vocab_size
+        packed = pack_token_ids(prompt_token_ids, vocab_size)
+        params.check_vocabulary(vocab_size)
+        if params.min_tokens:
+            stops = set(params.stop_ids) if params.ignore_eos else {*params.stop_ids, *self._eos_token_ids}
+            if len(stops) >= vocab_size:
+                raise RequestError("min_tokens", params.min_tokens, "0 where every token ends the sequence")
+        self.scheduler.length_limit(len(packed), params.max_tokens)
+
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
+        request = Request(request_id, prompt, packed.tolist(), params, seed, self._clock())
+        stop_strings = StopStrings(params.stop_strings) if params.stop_strings else None
+        for index in range(params.n):
+            sequence = Sequence(
+                request_id,
+                packed,
+                params,
+                index=index,
+                seed=seed,
+                eos_token_ids=self._eos_token_ids,
+                report_prompt=index == 0,
+            )
+            detokenizer = None
+            if params.detokenize:
+                detokenizer = self._make_detokenizer(
+                    self._tokenizer, request.prompt_token_ids, params.skip_special_tokens
+                )
+            completion = Completion(
+                sequence, params, detokenizer, stop_strings, self._texts if params.detokenize else None
+            )
+            sequence.owner = (request, completion)
+            request.completions.append(completion)
+        with self._guard:
+            self._requests[request_id] = request
+            for completion in request.completions:
+                self.scheduler.add(completion.sequence)
+            if self._hooks.queued:
+                event = events.Queued(request.metrics.arrival_time, request_id, len(packed), params.n)
+                emit(self._hooks.queued, event)
+
+    def abort(self, request_id: str) -> None:
+        """End a request in any state: its blocks are free at once, or when the step in flight is over.
+
+        The next `step` returns its last output, with finish_reason "abort". An unknown id is ignored, since
+        the request may just have finished.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            with self._guard:
+                self._abort(request)
+                self._ready.append(request.output())
+
+    def _abort(self, request: Request) -> None:
+        for completion in request.completions:
+            if completion.finish_reason is None:
+                self.scheduler.abort(completion.sequence)
+                completion.abort()
+        request.num_running = 0
+        self._close(request, self._clock())
+        if self._hooks.aborted:
+            emit(
+                self._hooks.aborted,
+                events.Aborted(request.metrics.finished_time or 0.0, request.request_id, request.metrics),
+            )
+
+    def _close(self, request: Request, now: float) -> None:
+        request.closed = True
+        request.metrics.finished_time = now
+        del self._requests[request.request_id]
+
+    # ---- steps -------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step.
+
+        Returns:
+            One output for each request that moved (with FINAL_ONLY: that is finished), in order of arrival,
+            after those of requests that were aborted since the last step.
+
+        Raises:
+            EngineDeadError: the executor or the engine itself failed (the failure is chained), now or before.
+                All requests are aborted; their ids are in the message and in `lost_request_ids`.
+            KeyboardInterrupt: Ctrl-C came during the step. The step is complete, and the next call returns
+                its outputs too: the requests can be continued or aborted.
+        """
+        self.check_health()
+        with self._guard:
+            self._step()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _step(self) -> None:
+        started = self._clock()
+        scheduler = self.scheduler
+        try:
+            batch = scheduler.schedule()
+            if scheduler.preempted or scheduler.admitted:
+                self._note_scheduled(started)
+            if batch is None:
+                return
+            result = self._executor.collect(self._executor.submit(batch))
+            moved = scheduler.update(result)
+        except Exception as error:
+            raise self._die(error) from error
+        except BaseException as error:
+            if scheduler.in_flight is None:  # the step was counted, its tokens are lost
+                raise self._die(error) from error
+            scheduler.rollback()  # the same step comes again
+            raise
+        try:
+            now = self._clock()
+            self._deliver(moved, result, now)
+            if self._hooks.step:
+                emit(
+                    self._hooks.step,
+                    events.Step(
+                        now,
+                        now - started,
+                        batch.num_prefill_tokens,
+                        batch.num_tokens - batch.num_prefill_tokens,
+                        batch.num_seqs,
+                        scheduler.num_running,
+                        scheduler.num_waiting,
+                        scheduler.pool.num_free,
+                        scheduler.pool.num_blocks,
+                    ),
+                )
+        except BaseException as error:  # tokens may be lost; going on would give wrong text
+            raise self._die(error) from error
+
+    def _note_scheduled(self, now: float) -> None:
+        """Metrics and events of the sequences that this step preempted or admitted."""
+        for sequence in self.scheduler.preempted:
+            if sequence.owner is None:  # aborted by a hook a moment ago, here and below
+                continue
+            request, _ = sequence.owner
+            request.metrics.num_preemptions += 1
+            if self._hooks.preempted:
+                event = events.Preempted(now, sequence.request_id, sequence.index, sequence.num_tokens)
+                emit(self._hooks.preempted, event)
+        for sequence in self.scheduler.admitted:
+            if sequence.owner is None:
+                continue
+            request, _ = sequence.owner
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = now
+            if self._hooks.scheduled:
+                resumed = sequence.num_preemptions > 0
+                emit(
+                    self._hooks.scheduled,
+                    events.Scheduled(now, sequence.request_id, sequence.index, resumed),
+                )
+
+    def _deliver(self, moved: Iterable[Sequence], result: StepResult, now: float) -> None:
+        """Turn a step's tokens into outputs."""
+        touched: dict[str, Request] = {}
+        for sequence in moved:
+            if sequence.owner is None:
+                continue
+            request: Request
+            completion: Completion
+            request, completion = sequence.owner
+            if sequence.num_prompt_rows:
+                self._add_prompt_logprobs(request, sequence, result)
+            if not sequence.num_new:
+                continue
+            touched[sequence.request_id] = request
+            stop = completion.advance(result)
+            if stop is not None:
+                self.scheduler.finish(sequence, stop)
+            finish_reason = sequence.finish_reason
+            if finish_reason is not None:
+                completion.close(finish_reason, sequence.stop_reason)
+                request.num_running -= 1
+            self._note_tokens(request, sequence, now)
+        for request in touched.values():
+            if request.closed:
+                continue
+            if request.num_running == 0:
+                self._close(request, now)
+                self._ready.append(request.output())
+                if self._hooks.finished:
+                    reasons = tuple(item.finish_reason or "" for item in request.completions)
+                    event = events.Finished(now, request.request_id, reasons, request.metrics)
+                    emit(self._hooks.finished, event)
+            elif request.kind is not RequestOutputKind.FINAL_ONLY:
+                self._ready.append(request.output())
+
+    def _note_tokens(self, request: Request, sequence: Sequence, now: float) -> None:
+        metrics = request.metrics
+        metrics.num_generated_tokens += sequence.num_new
+        metrics.last_token_time = now
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            if self._hooks.first_token:
+                event = events.FirstToken(now, request.request_id, now - metrics.arrival_time)
+                emit(self._hooks.first_token, event)
+        if self._hooks.tokens:
+            emit(
+                self._hooks.tokens,
+                events.Tokens(now, request.request_id, sequence.index, sequence.num_new),
+            )
+
+    def _add_prompt_logprobs(self, request: Request, sequence: Sequence, result: StepResult) -> None:
+        """Its prompt rows are the next positions of the prompt, in order, whatever the chunks were."""
+        known = request.prompt_logprobs
+        count = request.params.prompt_logprobs
+        assert known is not None
+        assert count is not None
+        texts = self._texts if request.params.detokenize else None
+        for row in range(sequence.first_row, sequence.first_row + sequence.num_prompt_rows):
+            token = request.prompt_token_ids[len(known)]
+            known.append(row_logprobs(result, row, token, count, texts))
+
+    # ---- state -------------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> BlockPool:
+        """The blocks of the KV cache."""
+        return self.scheduler.pool
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The unfinished requests in order of arrival."""
+        return list(self._requests)
+
+    @property
+    def lost_request_ids(self) -> tuple[str, ...]:
+        """The requests that died with the engine; empty while it lives."""
+        return self._lost
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do or to return."""
+        return bool(self._requests) or bool(self._ready)
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError, with the failure chained, when the engine is dead or closed."""
+        if self._cause is not None:
+            raise EngineDeadError(self._obituary) from self._cause
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
+
+    def _die(self, error: BaseException) -> EngineDeadError:
+        """Abort everything and refuse to go on: the cache's contents are unknown after a failure."""
+        self._cause = error
+        self._lost = tuple(self._requests)
+        names = ", ".join(self._lost[:16]) + (", ..." if len(self._lost) > 16 else "")
+        self._obituary = (
+            f"the engine stopped: {type(error).__name__}: {error}; {len(self._lost)} unfinished requests"
+            + (f" were aborted: {names}" if self._lost else "")
+        )
+        self.scheduler.rollback()
+        for request in list(self._requests.values()):
+            self._abort(request)
+        self._ready.clear()
+        return EngineDeadError(self._obituary)
+
+    def close(self) -> None:
+        """Abort all requests and close the executor. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        for request in list(self._requests.values()):
+            self._abort(request)
+        self._ready.clear()
+        self._executor.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Recompute everything from scratch.
+
+        Raises:
+            AssertionError: the scheduler, or what the engine believes of it, is inconsistent.
+        """
+        self.scheduler.check()
+        live = {(item.request_id, item.index): item for item in self.scheduler.running}
+        live.update({(item.request_id, item.index): item for item in self.scheduler.waiting})
+        for request in self._requests.values():
+            running = [item for item in request.completions if item.finish_reason is None]
+            if not running or len(running) != request.num_running or request.closed:
+                raise AssertionError(f"E1: {request.request_id} has {len(running)} unfinished sequences")
+            for item in running:
+                if live.pop((request.request_id, item.sequence.index), None) is not item.sequence:
+                    raise AssertionError(f"E2: the scheduler does not have {item.sequence!r}")
+                if item.num_tokens != item.sequence.num_output:
+                    raise AssertionError(f"E3: {item.num_tokens} tokens delivered of {item.sequence!r}")
+        if live:
+            raise AssertionError(f"E4: sequences that belong to no request: {list(live)}")

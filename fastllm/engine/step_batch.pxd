@@ -1,0 +1,51 @@
+# distutils: language = c++
+"""C-level interface of the step batch."""
+
+from fastllm.engine.block_pool cimport BlockPool
+from fastllm.engine.sequence cimport Sequence
+
+
+cdef class Column:
+    cdef object storage  # one-dimensional array, as long as the capacity
+    cdef object view  # its first `shown` entries
+    cdef Py_ssize_t capacity
+    cdef Py_ssize_t shown
+    cdef void* data
+
+    cdef int _hold(self, storage) except -1
+    cdef int reserve(self, Py_ssize_t count) except -1
+    cdef object publish(self, Py_ssize_t count)
+
+
+cdef class StepBatch:
+    # The contract (fastllm/executor/base.py): NumPy arrays, set by seal().
+    cdef readonly object token_ids, positions, slot_mapping, query_start, seq_lens, block_tables
+    cdef readonly object copy_blocks, adapter
+    cdef readonly object row_seq, row_token, row_kind, row_target, num_logprobs
+    cdef readonly object temperature, top_k, top_p, min_p, presence, frequency, repetition, seed, sample_index
+    cdef readonly object bias_start, bias_ids, bias_values, banned_start, banned_ids
+    cdef readonly object history_start, history, history_prompt_len
+
+    # What the engine wants to know besides.
+    cdef readonly Py_ssize_t num_tokens  # T
+    cdef readonly Py_ssize_t num_seqs  # S
+    cdef readonly Py_ssize_t num_rows  # R
+    cdef readonly Py_ssize_t num_prefill_tokens  # tokens of chunks, the rest are decodes
+    cdef list sequences  # (S,)
+
+    # The buffers behind the arrays.
+    cdef Column _token_ids, _positions, _slot_mapping, _query_start, _seq_lens, _block_tables, _adapter
+    cdef Column _row_seq, _row_token, _row_kind, _row_target, _num_logprobs
+    cdef Column _temperature, _top_k, _top_p, _min_p, _presence, _frequency, _repetition, _seed, _sample_index
+    cdef Column _bias_start, _bias_ids, _bias_values, _banned_start, _banned_ids
+    cdef Column _history_start, _history, _history_prompt_len
+    cdef Py_ssize_t num_bias, num_banned, num_history, table_width, shown_seqs
+    cdef object flat_tables  # block_tables before it got its shape
+
+    cdef int begin(self) except -1
+    cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1
+    cdef int seal(self) except -1
+    cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind) except -1
+    cdef int _append_lists(self, Sequence sequence, Py_ssize_t row) except -1
+    cdef int _fill_block_tables(self) except -1
+    cdef int _publish(self) except -1

@@ -1,0 +1,268 @@
+# cython: auto_pickle=False, autotestdict=False, boundscheck=False, wraparound=False
+# distutils: language = c++
+"""The flat batch of one step, filled by the scheduler and read by an executor.
+
+`fastllm.executor.base.StepBatch` says what each array means. This class owns the buffers: those that are
+bounded by the scheduler's limits are made once, the lists (CSR bodies, block tables) grow by doubling. The
+arrays are views of the buffers and are made anew only when their length changes, so that a steady run of
+decodes makes no Python object per step.
+"""
+
+from libc.stdint cimport int32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+import numpy as np
+
+from fastllm.executor.base import ROW_LOGPROB, ROW_SAMPLE
+
+from fastllm.engine.block_pool cimport BlockPool
+from fastllm.engine.sequence cimport Sequence
+
+cdef int KIND_SAMPLE = ROW_SAMPLE
+cdef int KIND_LOGPROB = ROW_LOGPROB
+
+
+cdef class Column:
+    """A growing one-dimensional buffer and the array that shows its first entries."""
+
+    def __init__(self, dtype, Py_ssize_t capacity):
+        self.storage = None
+        self._hold(np.zeros(max(capacity, 1), dtype=dtype))
+
+    cdef int _hold(self, storage) except -1:
+        cdef unsigned char[::1] raw = storage.view(np.uint8)
+        self.storage = storage
+        self.capacity = len(storage)
+        self.data = &raw[0]
+        self.view = None
+        self.shown = -1
+        return 0
+
+    cdef int reserve(self, Py_ssize_t count) except -1:
+        """Make room for count entries; those there are kept."""
+        if count <= self.capacity:
+            return 0
+        grown = np.zeros(max(count, 2 * self.capacity), dtype=self.storage.dtype)
+        grown[: self.capacity] = self.storage
+        self._hold(grown)
+        return 0
+
+    cdef object publish(self, Py_ssize_t count):
+        """The array of the first count entries."""
+        if count != self.shown:
+            self.view = self.storage[:count]
+            self.shown = count
+        return self.view
+
+
+cdef class StepBatch:
+    """Buffers of one step's batch. Made and filled by a `Scheduler`.
+
+    Args:
+        max_tokens: most tokens in a step (T and R).
+        max_seqs: most sequences in a step (S).
+    """
+
+    def __init__(self, Py_ssize_t max_tokens, Py_ssize_t max_seqs):
+        max_seqs = min(max_seqs, max_tokens)
+        for_tokens = lambda dtype=np.int32: Column(dtype, max_tokens)  # noqa: E731
+        for_seqs = lambda: Column(np.int32, max_seqs)  # noqa: E731
+        self._token_ids = for_tokens()
+        self._positions = for_tokens()
+        self._slot_mapping = for_tokens()
+        self._query_start = Column(np.int32, max_seqs + 1)
+        self._seq_lens = for_seqs()
+        self._adapter = for_seqs()
+        self._block_tables = Column(np.int32, max_seqs)
+        self._row_seq = for_tokens()
+        self._row_token = for_tokens()
+        self._row_kind = for_tokens()
+        self._row_target = for_tokens()
+        self._num_logprobs = for_tokens()
+        self._temperature = for_tokens(np.float32)
+        self._top_k = for_tokens()
+        self._top_p = for_tokens(np.float32)
+        self._min_p = for_tokens(np.float32)
+        self._presence = for_tokens(np.float32)
+        self._frequency = for_tokens(np.float32)
+        self._repetition = for_tokens(np.float32)
+        self._seed = for_tokens(np.uint64)
+        self._sample_index = for_tokens()
+        self._history_prompt_len = for_tokens()
+        self._bias_start = Column(np.int32, max_tokens + 1)
+        self._banned_start = Column(np.int32, max_tokens + 1)
+        self._history_start = Column(np.int32, max_tokens + 1)
+        self._bias_ids = Column(np.int32, 1)
+        self._bias_values = Column(np.float32, 1)
+        self._banned_ids = Column(np.int32, 1)
+        self._history = Column(np.int32, 1)
+        self.copy_blocks = np.zeros((0, 2), dtype=np.int32)
+        self.sequences = []
+
+    cdef int begin(self) except -1:
+        """Empty the batch. The first entries of query_start and the CSR starts stay 0 for good."""
+        self.sequences.clear()
+        self.num_tokens = self.num_seqs = self.num_rows = self.num_prefill_tokens = 0
+        self.num_bias = self.num_banned = self.num_history = 0
+        self.table_width = 1
+        return 0
+
+    cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1:
+        """Add the next count tokens of a sequence, and the rows that they yield.
+
+        Its block table covers them. A chunk that reaches the newest token yields a sample; chunks of a prompt
+        whose logprobs are wanted yield one row for each position whose successor is prompt too, unless an
+        earlier step, before a preemption, has reported it.
+        """
+        cdef Py_ssize_t start = sequence.num_computed
+        cdef Py_ssize_t stop = start + count
+        cdef Py_ssize_t first = self.num_tokens
+        cdef Py_ssize_t s = self.num_seqs
+        cdef Py_ssize_t i, position
+        cdef int32_t* positions = <int32_t*> self._positions.data + first
+        memcpy(<int32_t*> self._token_ids.data + first, &sequence.tokens[start], count * sizeof(int32_t))
+        for i in range(count):
+            positions[i] = <int32_t> (start + i)
+        pool.fill_slots(<int32_t*> self._slot_mapping.data + first, sequence.blocks, start, count)
+        (<int32_t*> self._query_start.data)[s + 1] = <int32_t> (first + count)
+        (<int32_t*> self._seq_lens.data)[s] = <int32_t> stop
+        (<int32_t*> self._adapter.data)[s] = sequence.adapter
+        self.table_width = max(self.table_width, <Py_ssize_t> sequence.blocks.size())
+
+        sequence.first_row = self.num_rows
+        sequence.num_prompt_rows = 0
+        sequence.num_new = 0
+        if sequence.num_prompt_logprobs >= 0:
+            position = max(start, sequence.prompt_logprobs_done)
+            while position < stop and position < sequence.num_prompt - 1:
+                self._append_row(sequence, first + position - start, KIND_LOGPROB)
+                sequence.num_prompt_rows += 1
+                position += 1
+        if stop == <Py_ssize_t> sequence.tokens.size():
+            self._append_row(sequence, first + count - 1, KIND_SAMPLE)
+            sequence.num_new = 1
+
+        if count > 1 or start < sequence.num_prompt:
+            self.num_prefill_tokens += count
+        self.num_tokens += count
+        self.num_seqs += 1
+        self.sequences.append(sequence)
+        return 0
+
+    cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind) except -1:
+        cdef Py_ssize_t row = self.num_rows
+        cdef bint sampled = kind == KIND_SAMPLE
+        cdef Py_ssize_t position = (<int32_t*> self._positions.data)[token]
+        (<int32_t*> self._row_seq.data)[row] = <int32_t> self.num_seqs
+        (<int32_t*> self._row_token.data)[row] = <int32_t> token
+        (<int32_t*> self._row_kind.data)[row] = kind
+        (<int32_t*> self._row_target.data)[row] = -1 if sampled else sequence.tokens[position + 1]
+        (<int32_t*> self._num_logprobs.data)[row] = (
+            sequence.num_logprobs if sampled else sequence.num_prompt_logprobs
+        )
+        (<float*> self._temperature.data)[row] = sequence.temperature if sampled else 0.0
+        (<int32_t*> self._top_k.data)[row] = sequence.top_k if sampled else 0
+        (<float*> self._top_p.data)[row] = sequence.top_p if sampled else 1.0
+        (<float*> self._min_p.data)[row] = sequence.min_p if sampled else 0.0
+        (<float*> self._presence.data)[row] = sequence.presence if sampled else 0.0
+        (<float*> self._frequency.data)[row] = sequence.frequency if sampled else 0.0
+        (<float*> self._repetition.data)[row] = sequence.repetition if sampled else 1.0
+        (<uint64_t*> self._seed.data)[row] = sequence.seed
+        (<int32_t*> self._sample_index.data)[row] = <int32_t> sequence.index
+        (<int32_t*> self._history_prompt_len.data)[row] = 0
+        if sampled:
+            self._append_lists(sequence, row)
+        (<int32_t*> self._bias_start.data)[row + 1] = <int32_t> self.num_bias
+        (<int32_t*> self._banned_start.data)[row + 1] = <int32_t> self.num_banned
+        (<int32_t*> self._history_start.data)[row + 1] = <int32_t> self.num_history
+        self.num_rows += 1
+        return 0
+
+    cdef int _append_lists(self, Sequence sequence, Py_ssize_t row) except -1:
+        """The lists of a row that samples: biases, banned ids, the history that penalties look at."""
+        cdef Py_ssize_t size = <Py_ssize_t> sequence.bias_ids.size()
+        if size:
+            self._bias_ids.reserve(self.num_bias + size)
+            self._bias_values.reserve(self.num_bias + size)
+            memcpy(
+                <int32_t*> self._bias_ids.data + self.num_bias, sequence.bias_ids.data(), size * sizeof(int32_t)
+            )
+            memcpy(
+                <float*> self._bias_values.data + self.num_bias, sequence.bias_values.data(), size * sizeof(float)
+            )
+            self.num_bias += size
+        size = <Py_ssize_t> sequence.banned_ids.size()
+        if size and not sequence.may_stop():
+            self._banned_ids.reserve(self.num_banned + size)
+            memcpy(
+                <int32_t*> self._banned_ids.data + self.num_banned, sequence.banned_ids.data(),
+                size * sizeof(int32_t),
+            )
+            self.num_banned += size
+        if sequence.penalized:
+            size = <Py_ssize_t> sequence.tokens.size()
+            self._history.reserve(self.num_history + size)
+            memcpy(
+                <int32_t*> self._history.data + self.num_history, sequence.tokens.data(), size * sizeof(int32_t)
+            )
+            self.num_history += size
+            (<int32_t*> self._history_prompt_len.data)[row] = <int32_t> sequence.num_prompt
+        return 0
+
+    cdef int seal(self) except -1:
+        """The batch is complete: fill the block tables and show the arrays."""
+        self._fill_block_tables()
+        self._publish()
+        return 0
+
+    cdef int _fill_block_tables(self) except -1:
+        cdef Sequence sequence
+        cdef Py_ssize_t size, s
+        cdef int32_t* line
+        self._block_tables.reserve(self.num_seqs * self.table_width)
+        for s in range(self.num_seqs):
+            sequence = <Sequence> self.sequences[s]
+            size = <Py_ssize_t> sequence.blocks.size()
+            line = <int32_t*> self._block_tables.data + s * self.table_width
+            memcpy(line, sequence.blocks.data(), size * sizeof(int32_t))
+            memset(line + size, 0, (self.table_width - size) * sizeof(int32_t))
+        return 0
+
+    cdef int _publish(self) except -1:
+        cdef Py_ssize_t tokens = self.num_tokens
+        cdef Py_ssize_t seqs = self.num_seqs
+        cdef Py_ssize_t rows = self.num_rows
+        flat = self._block_tables.publish(seqs * self.table_width)
+        if flat is not self.flat_tables or seqs != self.shown_seqs:
+            self.flat_tables = flat
+            self.shown_seqs = seqs
+            self.block_tables = flat.reshape(seqs, self.table_width)
+        self.token_ids = self._token_ids.publish(tokens)
+        self.positions = self._positions.publish(tokens)
+        self.slot_mapping = self._slot_mapping.publish(tokens)
+        self.query_start = self._query_start.publish(seqs + 1)
+        self.seq_lens = self._seq_lens.publish(seqs)
+        self.adapter = self._adapter.publish(seqs)
+        self.row_seq = self._row_seq.publish(rows)
+        self.row_token = self._row_token.publish(rows)
+        self.row_kind = self._row_kind.publish(rows)
+        self.row_target = self._row_target.publish(rows)
+        self.num_logprobs = self._num_logprobs.publish(rows)
+        self.temperature = self._temperature.publish(rows)
+        self.top_k = self._top_k.publish(rows)
+        self.top_p = self._top_p.publish(rows)
+        self.min_p = self._min_p.publish(rows)
+        self.presence = self._presence.publish(rows)
+        self.frequency = self._frequency.publish(rows)
+        self.repetition = self._repetition.publish(rows)
+        self.seed = self._seed.publish(rows)
+        self.sample_index = self._sample_index.publish(rows)
+        self.bias_start = self._bias_start.publish(rows + 1)
+        self.bias_ids = self._bias_ids.publish(self.num_bias)
+        self.bias_values = self._bias_values.publish(self.num_bias)
+        self.banned_start = self._banned_start.publish(rows + 1)
+        self.banned_ids = self._banned_ids.publish(self.num_banned)
+        self.history_start = self._history_start.publish(rows + 1)
+        self.history = self._history.publish(self.num_history)
+        self.history_prompt_len = self._history_prompt_len.publish(rows)
+        return 0

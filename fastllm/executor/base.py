@@ -1,0 +1,117 @@
+"""The contract between the engine and what computes: `StepBatch`, `StepResult` and `Executor`.
+
+The engine knows nothing else of CPU or GPU. All arrays are NumPy, C-contiguous, int32 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+UInt64Array = npt.NDArray[np.uint64]
+
+ROW_SAMPLE = 0  # row_kind: sample the token that follows
+ROW_LOGPROB = 1  # row_kind: the logprob of a given token, row_target
+
+
+class StepBatch(Protocol):
+    """One flat batch of T tokens of S sequences, R rows of which yield something.
+
+    The tokens of sequence s are query_start[s] .. query_start[s+1], consecutive positions ending at
+    seq_lens[s]-1. The executor stores the K and V of each in its slot, then reads the context through the
+    block table: position p of sequence s is in slot block_tables[s, p // block_size] * block_size +
+    p % block_size. The arrays are views of buffers that are filled again two steps later.
+
+    CSR pairs: the entries of row r are ids[start[r] : start[r+1]].
+    """
+
+    # What to compute.
+    token_ids: Int32Array  # (T,)
+    positions: Int32Array  # (T,)
+    slot_mapping: Int32Array  # (T,) block * block_size + offset
+    query_start: Int32Array  # (S+1,)
+    seq_lens: Int32Array  # (S,) context length with this step's tokens
+    block_tables: Int32Array  # (S, max_blocks) unused entries 0
+    copy_blocks: Int32Array  # (C, 2) source, target; done before anything else
+    adapter: Int32Array  # (S,) -1 = none
+
+    # What to yield.
+    row_seq: Int32Array  # (R,) in 0..S-1, ascending
+    row_token: Int32Array  # (R,) in 0..T-1, ascending: the token whose hidden state is used
+    row_kind: Int32Array  # (R,) ROW_SAMPLE or ROW_LOGPROB
+    row_target: Int32Array  # (R,) ROW_LOGPROB: the token wanted; ROW_SAMPLE: -1
+    num_logprobs: Int32Array  # (R,) -1 = none, n >= 0 = that token and the top n
+
+    # How to sample; neutral in ROW_LOGPROB rows.
+    temperature: Float32Array  # (R,) 0 = greedy
+    top_k: Int32Array  # (R,) 0 = all
+    top_p: Float32Array  # (R,) 1 = all
+    min_p: Float32Array  # (R,) 0 = all
+    presence: Float32Array  # (R,) 0 = off
+    frequency: Float32Array  # (R,) 0 = off
+    repetition: Float32Array  # (R,) 1 = off
+    seed: UInt64Array  # (R,) the random key is (seed, sample_index, positions[row_token])
+    sample_index: Int32Array  # (R,)
+    bias_start: Int32Array  # (R+1,)
+    bias_ids: Int32Array  # (bias_start[R],)
+    bias_values: Float32Array  # (bias_start[R],)
+    banned_start: Int32Array  # (R+1,)
+    banned_ids: Int32Array  # (banned_start[R],) never to be sampled in this row
+    history_start: Int32Array  # (R+1,)
+    history: Int32Array  # (history_start[R],) prompt and output; only of rows with a penalty
+    history_prompt_len: Int32Array  # (R,) how many of its history are prompt
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What R rows of one StepBatch yield. Logprobs are taken from the raw logits.
+
+    Attributes:
+        tokens: int32 (R,). The sampled token; in ROW_LOGPROB rows the target again.
+        logprob: float32 (R,). Of that token. Read only where num_logprobs >= 0.
+        rank: int32 (R,). Of that token; 1 = most likely. Read only where num_logprobs >= 0.
+        top_ids: int32 (R, L), best first; L >= every num_logprobs of the batch. Entries past a row's own
+            number are undefined.
+        top_logprobs: float32 (R, L).
+    """
+
+    tokens: Int32Array
+    logprob: Float32Array
+    rank: Int32Array
+    top_ids: Int32Array
+    top_logprobs: Float32Array
+
+
+class Executor(Protocol):
+    """Something that computes StepBatches and owns the bytes of the KV cache.
+
+    A ticket stands for one submitted batch. A submit after an uncollected ticket supersedes it: the engine
+    does that only when a step was interrupted, and then with the same batch contents, whose effect on the
+    cache is the same however often it is applied.
+    """
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block of the KV cache."""
+        ...
+
+    def kv_capacity(self) -> int:
+        """Blocks in the KV cache."""
+        ...
+
+    def submit(self, batch: StepBatch) -> int:
+        """Begin a step. Returns its ticket. The batch may be read until the ticket is collected."""
+        ...
+
+    def collect(self, ticket: int) -> StepResult:
+        """Wait for a step. Its result may be overwritten by the second submit after it."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back. Called once or more; nothing else is called after it."""
+        ...

@@ -1,0 +1,232 @@
+"""The CPU executor: packs a checkpoint's weights, makes the KV cache, and runs StepBatches on the C++ decoder.
+
+Every tensor is packed by one of a few threads straight from the mapped file, whose pages are released right
+after, so loading holds little more than the packed weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fastllm import _core
+from fastllm.errors import CapacityError, RequestError, UnsupportedModelError
+from fastllm.executor.base import StepBatch, StepResult
+from fastllm.executor.memory import available_memory, format_bytes
+from fastllm.models.loader import SlotTensor, iter_tensors, to_float32
+from fastllm.models.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    from fastllm.formats.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+KV_CACHE_DTYPES = ("fp16", "bf16", "fp32", "int8")
+QUANTIZATIONS = ("int4", "int8")
+BLOCK_SIZES = (16, 32, 64)
+
+# Without a size asked for: a share of the free memory, but no more than every sequence at full length needs.
+_DEFAULT_MEMORY_SHARE = 0.5
+_QUANTIZATION_GROUP = 32
+
+
+class CpuExecutor:
+    """Runs one model on the CPU. Implements `fastllm.executor.base.Executor`.
+
+    Args:
+        checkpoint: what the weights are read from; it may be closed afterwards.
+        spec: the decoder, from `fastllm.models.registry.spec_from_checkpoint(checkpoint)`.
+        quantization: "int4" or "int8" quantizes floating-point matrices while loading, in groups of 32 columns
+            (the embedding and the head to 8 bits either way); None keeps the file's precision.
+        kv_cache_dtype: "fp16", "bf16", "fp32" or "int8".
+        block_size: positions per block of the KV cache: 16, 32 or 64.
+        kv_cache_bytes: size of the KV cache; None takes what max_num_seqs sequences of max_model_len need, at
+            most half of the memory that is free once the weights are loaded.
+        max_model_len: positions that one sequence may have.
+        max_num_seqs: sequences that may run at once.
+        threads: 0 takes all processors that the process may use.
+
+    Raises:
+        RequestError: an argument out of its range.
+        UnsupportedModelError: a decoder that the CPU core does not run.
+        CapacityError: the KV cache cannot hold one sequence of max_model_len.
+        ModelFileError: a tensor is missing or of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: DecoderSpec,
+        *,
+        quantization: str | None = None,
+        kv_cache_dtype: str = "fp16",
+        block_size: int = 16,
+        kv_cache_bytes: int | None = None,
+        max_model_len: int,
+        max_num_seqs: int = 64,
+        threads: int = 0,
+    ) -> None:
+        _choice("quantization", quantization, (None, *QUANTIZATIONS))
+        _choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+        _choice("block_size", block_size, BLOCK_SIZES)
+        if spec.head_dim % 16:
+            raise UnsupportedModelError(
+                f"{spec.source}: head_dim: the CPU core runs multiples of 16, got {spec.head_dim}"
+            )
+        try:
+            self._decoder = _core.Decoder(spec.as_dict(), threads)
+        except RequestError as error:
+            if error.field.startswith("spec: "):
+                raise UnsupportedModelError(f"{spec.source}: {error}") from error
+            raise
+        self._block_size = block_size
+        self._results: dict[int, StepResult] = {}
+        self._tickets = 0
+        for slot, layer, weights in _packed(checkpoint, spec, quantization, self._decoder.threads):
+            self._decoder.set(slot, layer, weights)
+        self._decoder.check_complete()
+        self._allocate_kv(spec, kv_cache_dtype, kv_cache_bytes, max_model_len, max_num_seqs)
+
+    def _allocate_kv(
+        self, spec: DecoderSpec, dtype: str, asked: int | None, max_model_len: int, max_num_seqs: int
+    ) -> None:
+        per_block = self._decoder.kv_bytes_per_block(self._block_size, dtype)
+        per_sequence = -(-max_model_len // self._block_size)
+        free = available_memory()
+        wanted = per_sequence * max_num_seqs
+        if asked is None:
+            blocks = min(wanted, max(int(free * _DEFAULT_MEMORY_SHARE) // per_block, 1))
+            origin = f"{max_num_seqs} sequences of {max_model_len} tokens or half of {format_bytes(free)} free"
+        else:
+            blocks = asked // per_block
+            origin = f"{format_bytes(asked)} asked"
+            if asked > free:
+                raise CapacityError(
+                    "kv_cache_bytes", asked=asked, had=free, would_fit=free // per_block * per_block, unit="bytes"
+                )
+        blocks = min(blocks, (2**31 - 1) // self._block_size - 1)
+        if blocks < 1:
+            raise CapacityError(
+                f"one block of {self._block_size} tokens in the KV cache",
+                asked=per_block,
+                had=asked if asked is not None else free,
+                would_fit=0,
+                unit="bytes",
+            )
+        self._decoder.allocate_kv(blocks, self._block_size, dtype)
+        self.kv_cache_bytes = blocks * per_block
+        logger.info(
+            "KV cache: %d blocks x %d tokens x %s = %s for %d tokens (%s); weights: %s packed; %s, %d threads",
+            blocks,
+            self._block_size,
+            f"{per_block // self._block_size} bytes/token in {dtype}",
+            format_bytes(self.kv_cache_bytes),
+            blocks * self._block_size,
+            origin,
+            format_bytes(self._decoder.weight_bytes),
+            _core.isa(),
+            self._decoder.threads,
+        )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block of the KV cache."""
+        return self._block_size
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step uses."""
+        return self._decoder.threads
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all packed matrices."""
+        return self._decoder.weight_bytes
+
+    def kv_capacity(self) -> int:
+        """Blocks in the KV cache."""
+        return self._decoder.kv_blocks
+
+    def submit(self, batch: StepBatch) -> int:
+        """Runs the step; the GIL is released while it computes."""
+        self._tickets += 1
+        self._results.clear()
+        self._results[self._tickets] = self.run(batch)[0]
+        return self._tickets
+
+    def collect(self, ticket: int) -> StepResult:
+        """The result of `submit`."""
+        return self._results.pop(ticket)
+
+    def run(
+        self, batch: StepBatch, *, logits: bool = False
+    ) -> tuple[StepResult, npt.NDArray[np.float32] | None]:
+        """One step at once; with `logits`, the raw logits float32 (R, V) of its rows as well."""
+        out = self._decoder.step(batch, logits)
+        result = StepResult(
+            tokens=out["tokens"],
+            logprob=out["logprob"],
+            rank=out["rank"],
+            top_ids=out["top_ids"],
+            top_logprobs=out["top_logprobs"],
+        )
+        return result, out["logits"]
+
+    def close(self) -> None:
+        """Gives weights and KV cache back to the operating system."""
+        self._results.clear()
+        if hasattr(self, "_decoder"):
+            self._decoder.close()
+            _core.trim_memory()
+
+
+def _choice(field: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise RequestError(field, value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+
+def _packed(
+    checkpoint: Checkpoint, spec: DecoderSpec, quantization: str | None, threads: int
+) -> Iterator[tuple[str, int, _core.PackedMatrix | npt.NDArray[np.float32]]]:
+    """Packs the slots on a few threads, at most two tensors per thread ahead."""
+    pending: list[tuple[SlotTensor, Future[_core.PackedMatrix]]] = []
+
+    def finished() -> tuple[str, int, _core.PackedMatrix]:
+        entry, future = pending.pop(0)
+        matrix = future.result()
+        checkpoint.release(entry.tensor.name)
+        return entry.slot, entry.layer, matrix
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="fastllm-pack") as workers:
+        for entry in iter_tensors(checkpoint, spec):
+            if entry.slot == "rope_factors":  # part of the spec already
+                continue
+            if len(entry.tensor.shape) == 1:
+                values = to_float32(entry.tensor)
+                if entry.row_order is not None:
+                    values = values[entry.row_order]
+                yield entry.slot, entry.layer, np.ascontiguousarray(values)
+                continue
+            pending.append((entry, workers.submit(_pack, entry, quantization)))
+            if len(pending) > 2 * threads:
+                yield finished()
+        while pending:
+            yield finished()
+
+
+def _pack(entry: SlotTensor, quantization: str | None) -> _core.PackedMatrix:
+    tensor = entry.tensor
+    rows, cols = tensor.shape
+    if quantization is not None and tensor.dtype in ("F32", "F16", "BF16"):
+        numpy_type = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
+        values = tensor.data.view(numpy_type).reshape(rows, cols)
+        if entry.row_order is not None:
+            values = values[entry.row_order]
+        bits = 4 if quantization == "int4" and entry.slot not in ("embed", "head") else 8
+        return _core.PackedMatrix.quantize(np.ascontiguousarray(values), bits, _QUANTIZATION_GROUP)
+    return _core.PackedMatrix.from_ggml(tensor.dtype, tensor.data, rows, cols, entry.row_order)

@@ -1,0 +1,286 @@
+"""Tokenizers from a directory with tokenizer.json, which the `tokenizers` library reads itself.
+
+The files beside it count as well: tokenizer_config.json (special tokens, whether to add BOS and EOS, chat
+    template),
+special_tokens_map.json, chat_template.jinja, and generation_config.json or config.json for the ends of
+sequence.
+
+The library finds control tokens in any text that it encodes. To encode text in which some of them are only
+text, there is a second copy of the tokenizer, made when first needed, whose control tokens have unguessable
+names; the places that do count are renamed in the text, everything else is plain text to that copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as Engine
+
+from fastllm.errors import ModelFileError, RequestError, UnsupportedModelError
+from fastllm.formats.codec import ControlScope, byte_of_name, covers, from_byte_characters, looks_like_markup
+from fastllm.formats.vocabulary import END_TEXTS, listed_ends
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SPACE = "▁"
+
+
+class HFCodec:
+    """A `Codec` over a directory. See `Codec` for the attributes.
+
+    Raises:
+        ModelFileError: a file is missing or damaged.
+        UnsupportedModelError: a kind of vocabulary whose tokens are not bytes of the text.
+    """
+
+    chat_adds_bos = False  # these templates write it themselves
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        file = self._path / "tokenizer.json"
+        try:
+            content = file.read_text(encoding="utf-8")
+            description = json.loads(content)
+        except FileNotFoundError:
+            raise ModelFileError(str(file), "is missing") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelFileError(str(file), str(error)) from error
+        try:
+            self._engine = Engine.from_str(content)
+        except Exception as error:  # the library raises bare Exception
+            raise ModelFileError(str(file), str(error)) from error
+        self._engine.no_truncation()
+        self._engine.no_padding()
+        config = self._json("tokenizer_config.json")
+        self.special_tokens = self._complete(config)
+        self.chat_templates = self._templates(config)
+
+        contents = {i: text for text, i in self._engine.get_vocab(with_added_tokens=True).items()}
+        self.vocab_size = max(contents, default=-1) + 1
+        if self.vocab_size == 0:
+            raise ModelFileError(str(file), "the vocabulary is empty")
+        added = self._engine.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added = {i: token.content for i, token in added.items()}
+        self._contents = contents
+        self._is_byte_level, self.strips_space = self._piece_rules(description)
+        self.bos_token_id = self._id_of("bos_token")
+        self.eos_token_id = self._id_of("eos_token")
+        self.end_ids = frozenset(self._ends())
+        self._quoted: _Quoted | None = None
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self._path / name
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelFileError(str(file), str(error)) from error
+        if not isinstance(value, dict):
+            raise ModelFileError(str(file), f"expected an object, got {type(value).__name__}")
+        return value
+
+    def _complete(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Add what only tokenizer_config.json knows; returns the named special tokens."""
+        known = {token.content for token in self._engine.get_added_tokens_decoder().values()}
+        listed = config.get("added_tokens_decoder") or {}
+        for key in sorted(listed, key=lambda k: int(k) if str(k).isdecimal() else 0):
+            token = _added_token(listed[key])
+            if token is not None and token.content not in known:
+                (self._engine.add_special_tokens if token.special else self._engine.add_tokens)([token])
+        older = self._json("special_tokens_map.json")
+        names: dict[str, str] = {}
+        for name in _NAMES:
+            token = _added_token(config.get(name, older.get(name)))
+            if token is not None:
+                names[name] = token.content
+                self._engine.add_special_tokens([AddedToken(token.content, special=True, normalized=False)])
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        if isinstance(extra, dict):
+            extra = list(extra.values())
+        for token in map(_added_token, extra if isinstance(extra, list) else []):
+            if token is not None:
+                self._engine.add_special_tokens([AddedToken(token.content, special=True, normalized=False)])
+        self._frame(config, names)
+        return names
+
+    def _frame(self, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        """BOS and EOS around a text: the configuration comes before tokenizer.json's post-processor."""
+        said = "add_bos_token" in config or "add_eos_token" in config
+        if not said and self._engine.post_processor is not None:
+            return
+        bos = names.get("bos_token") if config.get("add_bos_token") else None
+        eos = names.get("eos_token") if config.get("add_eos_token") else None
+        single = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
+        tokens = [(text, self._engine.token_to_id(text)) for text in (bos, eos) if text]
+        self._engine.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+
+    def _templates(self, config: Mapping[str, Any]) -> dict[str, str]:
+        templates: dict[str, str] = {}
+        given = config.get("chat_template")
+        if isinstance(given, str):
+            templates["default"] = given
+        elif isinstance(given, list):
+            for entry in given:
+                if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+                    templates[str(entry.get("name"))] = entry["template"]
+        files = {"default": self._path / "chat_template.jinja"}
+        for file in sorted((self._path / "additional_chat_templates").glob("*.jinja")):
+            files[file.stem] = file
+        for name, file in files.items():
+            if file.is_file():
+                try:
+                    templates[name] = file.read_text(encoding="utf-8")
+                except (OSError, ValueError) as error:
+                    raise ModelFileError(str(file), str(error)) from error
+        return templates
+
+    def _piece_rules(self, description: Mapping[str, Any]) -> tuple[bool, bool]:
+        """From the decoder: (tokens are byte-level, the first space of a text is not the text's)."""
+        steps = list(_steps(description.get("decoder")))
+        kinds = {step.get("type") for step in steps}
+        if "ByteLevel" in kinds:
+            return True, False
+        if not kinds and "ByteLevel" in {
+            step.get("type") for step in _steps(description.get("pre_tokenizer"))
+        }:
+            return True, False
+        strips = any(step.get("type") == "Strip" and step.get("start", 0) > 0 for step in steps)
+        for step in steps:
+            if step.get("type") == "Metaspace":
+                strips |= step.get("prepend_scheme", "always") != "never"
+        if kinds & {"Metaspace", "Replace", "ByteFallback"} and not kinds & {
+            "WordPiece",
+            "CTC",
+            "BPEDecoder",
+        }:
+            return False, strips
+        raise UnsupportedModelError(
+            f"{self._path / 'tokenizer.json'}: decoder {sorted(map(str, kinds))}; supported are byte-level "
+            "vocabularies and those that write a space as U+2581"
+        )
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        token = None if text is None else self._engine.token_to_id(text)
+        return token
+
+    def _ends(self) -> Iterable[int]:
+        if self.eos_token_id is not None:
+            yield self.eos_token_id
+        yield from (i for i in self.special_ids if self._contents[i] in END_TEXTS)
+        for name in ("generation_config.json", "config.json"):
+            listed = self._json(name)
+            if listed:
+                yield from listed_ends(listed, self.vocab_size)
+                return
+
+    # -- encoding --------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, add_special_tokens: bool, control: ControlScope) -> list[int]:
+        if control is True:
+            return list(self._engine.encode(text, add_special_tokens=add_special_tokens).ids)
+        spans = () if control is False else control
+        if control is not False and not self._has_foreign_control(text, spans):
+            return list(self._engine.encode(text, add_special_tokens=add_special_tokens).ids)
+        if self._quoted is None:
+            self._quoted = _Quoted(self._engine, self.special_ids)
+        quoted = self._quoted if control is False else _Quoted(self._engine, self._guarded())
+        return quoted.encode(text, spans, add_special_tokens)
+
+    def _guarded(self) -> frozenset[int]:
+        """Control tokens, and tokens that look like markup whatever their type."""
+        return self.special_ids | {i for i, text in self._added.items() if looks_like_markup(text)}
+
+    def _has_foreign_control(self, text: str, spans: Sequence[tuple[int, int]]) -> bool:
+        """Whether a control token is written in `text` elsewhere than within `spans`."""
+        for token in self._guarded():
+            written = self._contents[token]
+            at = text.find(written)
+            while at >= 0:
+                if not covers(spans, at, at + len(written)):
+                    return True
+                at = text.find(written, at + 1)
+        return False
+
+    def token_bytes(self, token: int) -> bytes:
+        text = self._added.get(token)
+        if text is not None:
+            return text.encode("utf-8")
+        text = self._contents.get(token)
+        if text is None:
+            return b""
+        if self._is_byte_level:
+            return from_byte_characters(text)
+        byte = byte_of_name(text)
+        return text.replace(_SPACE, " ").encode("utf-8") if byte is None else bytes([byte])
+
+
+class _Quoted:
+    """A copy of a tokenizer that knows its control tokens by other names only."""
+
+    def __init__(self, engine: Engine, control_ids: frozenset[int]) -> None:
+        description = json.loads(engine.to_str())
+        nonce = secrets.token_hex(16)
+        self._nonce = f"\ue000{nonce}"
+        names = {}
+        for token in description["added_tokens"]:
+            if token["id"] in control_ids:
+                names[token["content"]] = f"{self._nonce}{token['id']}\ue001"
+                token["content"] = names[token["content"]]
+        vocab = description["model"].get("vocab")
+        if isinstance(vocab, dict):
+            description["model"]["vocab"] = {names.get(text, text): i for text, i in vocab.items()}
+        elif isinstance(vocab, list):
+            description["model"]["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+        if description["model"].get("unk_token") in names:
+            description["model"]["unk_token"] = names[description["model"]["unk_token"]]
+        self._engine = Engine.from_str(json.dumps(description))
+        # The longest first: of two tokens that begin at one place the library takes the longer.
+        self._names = sorted(names.items(), key=lambda item: -len(item[0]))
+
+    def encode(self, text: str, spans: Sequence[tuple[int, int]], add_special_tokens: bool) -> list[int]:
+        if self._nonce in text:
+            raise RequestError("text", "...", "another text")
+        pieces: list[str] = []
+        done = 0
+        for start, end in spans:
+            at = start
+            while at < end:
+                found = next((item for item in self._names if text.startswith(item[0], at, end)), None)
+                if found is None:
+                    at += 1
+                    continue
+                pieces += [text[done:at], found[1]]
+                at = done = at + len(found[0])
+        pieces.append(text[done:])
+        return list(self._engine.encode("".join(pieces), add_special_tokens=add_special_tokens).ids)
+
+
+def _steps(node: Any) -> Iterable[Mapping[str, Any]]:
+    """The steps of a decoder or pre-tokenizer, sequences taken apart."""
+    if isinstance(node, dict):
+        inner = node.get("decoders") or node.get("pretokenizers")
+        if isinstance(inner, list):
+            for step in inner:
+                yield from _steps(step)
+        else:
+            yield node
+
+
+def _added_token(value: Any) -> AddedToken | None:
+    """A token as the configuration files write it: a text, or an object with flags."""
+    if isinstance(value, str) and value:
+        return AddedToken(value, special=True, normalized=False)
+    if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        return AddedToken(value["content"], **{flag: bool(value[flag]) for flag in flags if flag in value})
+    return None

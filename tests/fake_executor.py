@@ -1,0 +1,364 @@
+"""An executor without a model, whose answer depends on everything that a real one's would.
+
+It keeps a store with one value per cache slot, written through `slot_mapping` and read back through
+`block_tables`. The value of a position mixes its token with the values of all positions before it, and a
+sampled token is a hash of the values of the whole context and of the row's sampling arrays. So a wrong slot,
+a wrong block table, a block lost or shared by mistake, a wrong position, seed or list changes the tokens.
+`expected_tokens` computes the same from the plain token list, without pages or batches.
+
+Also here: a tokenizer and a detokenizer over a tiny vocabulary with multi-byte characters cut in two.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastllm.executor.base import ROW_LOGPROB, ROW_SAMPLE, StepBatch, StepResult
+from fastllm.sampling_params import SamplingParams
+
+MASK = 2**64 - 1
+WEIGHTS = np.random.default_rng(7).integers(0, 2**63, size=4096, dtype=np.uint64) * 2 + 1
+
+PIECES = [
+    b"<eos>",
+    b"<end>",
+    b"a",
+    b"b",
+    b"c",
+    b"ab",
+    b"ba",
+    b" ",
+    b"abc",
+    b"\xc3",
+    b"\xa9",
+    b"\xc3\xa9",
+    b"x",
+]
+EOS = 0
+
+
+def mix(*parts: int) -> int:
+    """A 64-bit hash of integers."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state ^= part & MASK
+        state = (state * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & MASK
+        state ^= state >> 29
+    return state
+
+
+def fold(values: np.ndarray) -> int:
+    """One number that depends on every value and its place."""
+    return int((values * WEIGHTS[: len(values)]).sum(dtype=np.uint64)) if len(values) else 0
+
+
+@dataclass
+class Row:
+    """What the fake samples from."""
+
+    context: int  # fold of the values 0..position
+    position: int
+    temperature: float
+    seed: int
+    sample_index: int
+    penalties: tuple[float, float, float]
+    history: list[int]
+    history_prompt_len: int
+    bias: list[tuple[int, float]]
+    banned: list[int]
+    filters: tuple[int, float, float]
+
+
+def choose(row: Row, vocab_size: int) -> int:
+    """The token that a row samples."""
+    state = row.context
+    if row.temperature > 0:
+        state = mix(state, row.seed, row.sample_index, row.position, row.filters[0])
+        state = mix(state, int(row.temperature * 1000), *(int(item * 1000) for item in row.filters[1:]))
+    if row.penalties != (0.0, 0.0, 1.0):
+        state = mix(
+            state, *(int(item * 1000) for item in row.penalties), row.history_prompt_len, *row.history
+        )
+    for token, value in row.bias:
+        state = mix(state, token, int(value * 1000))
+    while (token := mix(state) % vocab_size) in row.banned:
+        state = mix(state, 1)
+    return token
+
+
+def scores(context: int, token: int, vocab_size: int) -> tuple[float, int]:
+    """A logprob and a rank for a token, as a function of the context."""
+    number = mix(context, token)
+    return -float(number % 997) / 64, number % vocab_size + 1
+
+
+def top(context: int, count: int, vocab_size: int) -> tuple[list[int], list[float]]:
+    start = mix(context, 3) % vocab_size
+    return [(start + k) % vocab_size for k in range(count)], [-k / 8 for k in range(count)]
+
+
+class FakeExecutor:
+    """See the module's docstring.
+
+    Args:
+        pick: what a row samples, instead of the hash; for scripted answers.
+        fail_at: the step (from 0) at which `collect` raises, and what it raises.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        vocab_size: int = len(PIECES),
+        *,
+        pick: Callable[[Row], int] | None = None,
+        fail_at: tuple[int, BaseException] | None = None,
+    ) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.vocab_size = vocab_size
+        self.values = np.random.default_rng(3).integers(0, 2**63, num_blocks * block_size, dtype=np.uint64)
+        self.tokens = np.full(num_blocks * block_size, -1, dtype=np.int64)
+        self.num_steps = 0
+        self.num_closed = 0
+        self.reported: list[tuple[int, int]] = []
+        self.max_tokens_seen = 0
+        self._pick = pick or (lambda row: choose(row, vocab_size))
+        self._fail_at = fail_at
+        self._batch: StepBatch | None = None
+
+    def kv_capacity(self) -> int:
+        return self.num_blocks
+
+    def submit(self, batch: StepBatch) -> int:
+        self._batch = batch
+        return self.num_steps
+
+    def collect(self, ticket: int) -> StepResult:
+        assert self._batch is not None
+        if self._fail_at is not None and self._fail_at[0] == self.num_steps:
+            error, self._fail_at = self._fail_at[1], None
+            raise error
+        result = self.run(self._batch)
+        self._batch = None
+        return result
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+    def run(self, batch: StepBatch) -> StepResult:
+        check_shapes(batch, self.block_size, self.num_blocks, self.vocab_size)
+        self.num_steps += 1
+        self.max_tokens_seen = max(self.max_tokens_seen, len(batch.token_ids))
+        contexts = np.zeros(len(batch.token_ids), dtype=np.uint64)
+        for s in range(len(batch.seq_lens)):
+            first, stop = int(batch.query_start[s]), int(batch.query_start[s + 1])
+            length = int(batch.seq_lens[s])
+            positions = np.arange(length)
+            slots = batch.block_tables[s][positions // self.block_size] * self.block_size
+            slots = slots + positions % self.block_size
+            for t in range(first, stop):
+                position = int(batch.positions[t])
+                before = fold(self.values[slots[:position]])
+                slot = batch.slot_mapping[t]
+                self.values[slot] = mix(before, int(batch.token_ids[t]), position)
+                self.tokens[slot] = batch.token_ids[t]
+                contexts[t] = fold(self.values[slots[: position + 1]])
+        return self._answer(batch, contexts)
+
+    def _answer(self, batch: StepBatch, contexts: np.ndarray) -> StepResult:
+        rows = len(batch.row_seq)
+        width = max([0, *batch.num_logprobs.tolist()])
+        result = StepResult(
+            np.zeros(rows, np.int32),
+            np.full(rows, np.nan, np.float32),
+            np.zeros(rows, np.int32),
+            np.full((rows, width), -1, np.int32),
+            np.full((rows, width), np.nan, np.float32),
+        )
+        for r in range(rows):
+            t = int(batch.row_token[r])
+            context = int(contexts[t])
+            if batch.row_kind[r] == ROW_LOGPROB:
+                token = int(batch.row_target[r])
+                self.reported.append((int(batch.row_seq[r]), int(batch.positions[t])))
+            else:
+                token = self._pick(self._row(batch, r, context))
+            result.tokens[r] = token
+            count = int(batch.num_logprobs[r])
+            if count >= 0:
+                result.logprob[r], result.rank[r] = scores(context, token, self.vocab_size)
+                ids, logprobs = top(context, count, self.vocab_size)
+                result.top_ids[r, :count] = ids
+                result.top_logprobs[r, :count] = logprobs
+        return result
+
+    def _row(self, batch: StepBatch, r: int, context: int) -> Row:
+        s, t = int(batch.row_seq[r]), int(batch.row_token[r])
+        position = int(batch.positions[t])
+        history = batch.history[batch.history_start[r] : batch.history_start[r + 1]].tolist()
+        if history:
+            positions = np.arange(position + 1)
+            slots = batch.block_tables[s][positions // self.block_size] * self.block_size
+            assert history == self.tokens[slots + positions % self.block_size].tolist()
+        bias = slice(batch.bias_start[r], batch.bias_start[r + 1])
+        return Row(
+            context,
+            position,
+            float(batch.temperature[r]),
+            int(batch.seed[r]),
+            int(batch.sample_index[r]),
+            (float(batch.presence[r]), float(batch.frequency[r]), float(batch.repetition[r])),
+            history,
+            int(batch.history_prompt_len[r]),
+            list(zip(batch.bias_ids[bias].tolist(), batch.bias_values[bias].tolist(), strict=True)),
+            batch.banned_ids[batch.banned_start[r] : batch.banned_start[r + 1]].tolist(),
+            (int(batch.top_k[r]), float(batch.top_p[r]), float(batch.min_p[r])),
+        )
+
+
+def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size: int) -> None:
+    """Everything that an executor may rely on."""
+    tokens, seqs, rows = len(batch.token_ids), len(batch.seq_lens), len(batch.row_seq)
+    lengths = {
+        "token_ids": tokens, "positions": tokens, "slot_mapping": tokens, "query_start": seqs + 1,
+        "seq_lens": seqs, "adapter": seqs,
+        "bias_start": rows + 1, "banned_start": rows + 1, "history_start": rows + 1,
+    }  # fmt: skip
+    for name in (
+        "row_seq", "row_token", "row_kind", "row_target", "num_logprobs", "temperature", "top_k", "top_p",
+        "min_p", "presence", "frequency", "repetition", "seed", "sample_index", "history_prompt_len",
+    ):  # fmt: skip
+        lengths[name] = rows
+    for name, start in (("bias", "bias"), ("banned", "banned"), ("history", "history")):
+        starts = getattr(batch, f"{start}_start")
+        assert starts[0] == 0
+        assert (np.diff(starts) >= 0).all()
+        bodies = {"bias": ("bias_ids", "bias_values"), "banned": ("banned_ids",), "history": ("history",)}[
+            name
+        ]
+        for body in bodies:
+            lengths[body] = int(starts[-1])
+    floats = {"temperature", "top_p", "min_p", "presence", "frequency", "repetition", "bias_values"}
+    for name, length in lengths.items():
+        array = getattr(batch, name)
+        dtype = np.float32 if name in floats else np.uint64 if name == "seed" else np.int32
+        assert array.shape == (length,), (name, array.shape, length)
+        assert array.dtype == dtype, name
+        assert array.flags.c_contiguous, name
+    assert batch.block_tables.dtype == np.int32
+    assert batch.block_tables.flags.c_contiguous
+    assert batch.copy_blocks.shape == (0, 2)
+    assert batch.query_start[0] == 0
+    assert batch.query_start[-1] == tokens > 0
+    assert (batch.adapter == -1).all()
+    assert ((batch.token_ids >= 0) & (batch.token_ids < vocab_size)).all()
+    assert len(set(batch.slot_mapping.tolist())) == tokens, "a slot is written twice"
+    for s in range(seqs):
+        first, stop, length = batch.query_start[s], batch.query_start[s + 1], batch.seq_lens[s]
+        assert stop > first
+        expected = np.arange(length - (stop - first), length)
+        assert (batch.positions[first:stop] == expected).all()
+        table = batch.block_tables[s]
+        assert ((table >= 0) & (table < num_blocks)).all()
+        slots = table[expected // block_size] * block_size + expected % block_size
+        assert (batch.slot_mapping[first:stop] == slots).all()
+    assert (np.diff(batch.row_token) > 0).all()
+    for r in range(rows):
+        s, t = batch.row_seq[r], batch.row_token[r]
+        assert batch.query_start[s] <= t < batch.query_start[s + 1]
+        if batch.row_kind[r] == ROW_SAMPLE:
+            assert t == batch.query_start[s + 1] - 1
+            assert batch.row_target[r] == -1
+        else:
+            assert batch.row_kind[r] == ROW_LOGPROB
+            assert 0 <= batch.row_target[r] < vocab_size
+            assert batch.num_logprobs[r] >= 0
+            assert batch.temperature[r] == 0.0
+
+
+def expected_tokens(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    limit: int,
+    *,
+    index: int = 0,
+    seed: int = 0,
+    eos: Sequence[int] = (EOS,),
+    vocab_size: int = len(PIECES),
+) -> tuple[list[int], str, Any]:
+    """Output tokens, finish_reason and stop_reason that `prompt` gets alone; `limit` tokens in all."""
+    tokens = list(prompt)
+    values: list[int] = []
+    ending = set() if params.ignore_eos else set(eos)
+    while True:
+        for position in range(len(values), len(tokens)):
+            values.append(mix(fold(np.array(values, dtype=np.uint64)), tokens[position], position))
+        made = len(tokens) - len(prompt)
+        penalties = (
+            float(np.float32(params.presence_penalty)),
+            float(np.float32(params.frequency_penalty)),
+            float(np.float32(params.repetition_penalty)),
+        )
+        penalized = penalties != (0.0, 0.0, 1.0)
+        greedy = params.greedy
+        row = Row(
+            fold(np.array(values, dtype=np.uint64)),
+            len(tokens) - 1,
+            0.0 if greedy else float(np.float32(params.temperature)),
+            seed,
+            index,
+            penalties,
+            tokens if penalized else [],
+            len(prompt) if penalized else 0,
+            [(token, float(np.float32(bias))) for token, bias in (params.logit_bias or {}).items()],
+            sorted(ending | set(params.stop_ids)) if made < params.min_tokens else [],
+            (0, 1.0, 0.0)
+            if greedy
+            else (max(params.top_k, 0), float(np.float32(params.top_p)), float(np.float32(params.min_p))),
+        )
+        token = choose(row, vocab_size)
+        tokens.append(token)
+        if made >= params.min_tokens:
+            if token in ending:
+                return tokens[len(prompt) :], "stop", None
+            if token in params.stop_ids:
+                return tokens[len(prompt) :], "stop", token
+        if len(tokens) >= limit:
+            return tokens[len(prompt) :], "length", None
+
+
+class FakeTokenizer:
+    """PIECES as a vocabulary."""
+
+    vocab_size = len(PIECES)
+    eos_token_ids = frozenset({EOS})
+
+    def token_bytes(self, id: int) -> bytes:
+        return PIECES[id]
+
+
+class FakeDetokenizer:
+    """Never half a character; the special tokens 0 and 1 are left out if asked."""
+
+    def __init__(self, tokenizer: FakeTokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._skip = skip_special_tokens
+
+    def push(self, ids: Sequence[int]) -> str:
+        kept = [PIECES[token] for token in ids if not (self._skip and token < 2)]
+        return self._decoder.decode(b"".join(kept))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def full_text(ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of all tokens at once."""
+    kept = [PIECES[token] for token in ids if not (skip_special_tokens and token < 2)]
+    return b"".join(kept).decode("utf-8", "replace")
