@@ -331,15 +331,14 @@ class EngineThread:
             self._step(engine)
         added: list[Admission] = []
         try:
-            packed = []
             for item in admissions:  # all are looked at before the first is taken
-                packed.append(pack_token_ids(item.prompt_token_ids, engine.scheduler.vocab_size))
+                packed = pack_token_ids(item.prompt_token_ids, engine.scheduler.vocab_size)
                 item.params.check_vocabulary(engine.scheduler.vocab_size)
-                engine.scheduler.length_limit(len(packed[-1]), item.params.max_tokens)
-            for item, prompt_token_ids in zip(admissions, packed, strict=True):
+                engine.scheduler.length_limit(len(packed), item.params.max_tokens)
+            for item in admissions:
                 engine.add_request(
                     item.mailbox.request_id,
-                    prompt_token_ids,
+                    item.prompt_token_ids,
                     item.params,
                     prompt=item.prompt,
                     priority=item.priority,

@@ -30,8 +30,6 @@ from fastllm.prompts import (
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from fastllm.engine.engine import Engine
     from fastllm.engine.hooks import EngineHook
     from fastllm.formats.tokenizer import Tokenizer
@@ -355,13 +353,14 @@ class _Progress:
     __slots__ = ("_bar", "_generated")
 
     def __init__(self, total: int, wanted: bool | None) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: Any = None
         self._generated = 0
         if total > 0 and (wanted or (wanted is None and total > 1 and sys.stderr.isatty())):
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
 
+            bar = type("Bar", (tqdm,), {"monitor_interval": 0})  # without the thread that watches over bars
             delay = 0.0 if wanted else _BAR_DELAY
-            self._bar = tqdm(total=total, desc="prompts", dynamic_ncols=True, delay=delay)
+            self._bar = bar(total=total, desc="prompts", dynamic_ncols=True, delay=delay)
 
     def advance(self, output: RequestOutput) -> None:
         """One prompt is done."""
