@@ -7,7 +7,7 @@
     y = ops.matmul(x, w)                       # x: float32 (rows, 1024), y: float32 (rows, 4096)
 
 Every function gives the same bits on every instruction set and with every number of threads, and changes no
-argument. Arrays that are not contiguous are copied first; a wrong dtype or shape raises `RequestError`, naming
+argument. Arrays that are not contiguous are copied. A wrong dtype or shape raises `RequestError`, naming
 the function, the argument, what it is and what was expected.
 """
 

@@ -18,17 +18,17 @@ Int32Array = npt.NDArray[np.int32]
 Int8Array = npt.NDArray[np.int8]
 UInt8Array = npt.NDArray[np.uint8]
 
-Array = TypeVar("Array", bound=npt.NDArray[Any])
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
-def contiguous(value: Array) -> Array:
+def contiguous(value: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     """The same values, C-contiguous; copied only if they are not."""
     if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
         return value.copy(order="C")
     return value
 
 
-def matrix(value: Array) -> Array:
+def matrix(value: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     """(..., D) as (M, D), contiguous."""
     if not isinstance(value, np.ndarray) or value.ndim == 0:
         return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ def silu_mul(gate: Float32Array, up: Float32Array) -> Float32Array:
 
 
 def gelu_tanh_mul(gate: Float32Array, up: Float32Array) -> Float32Array:
-    """gelu(gate) * up, gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3))) (Hendrycks, Gimpel 2016).
+    """gelu(gate) * up, gelu(z) = z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) (Hendrycks, Gimpel 2016).
 
     Args:
         gate, up: float32 of the same shape.
@@ -106,10 +107,8 @@ def rope_tables(
     sin = np.empty_like(cos)
     # The core makes tables of consecutive positions: one call per run.
     starts = np.flatnonzero(np.diff(positions, prepend=positions[:1] - 2) != 1)
-    for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
-        cos[start:stop], sin[start:stop] = _core.rope_tables(
-            frequencies, int(positions[start]), int(stop - start)
-        )
+    for start, stop in pairwise([*starts.tolist(), len(positions)]):
+        cos[start:stop], sin[start:stop] = _core.rope_tables(frequencies, int(positions[start]), stop - start)
     return cos, sin
 
 
@@ -167,14 +166,14 @@ def paged_attention(
 ) -> Float32Array:
     """Causal attention of a flat batch of sequences over a paged cache, on one thread.
 
-    softmax(scale * q k^T) v for each query and head, as a fold over tiles of 64 positions (the online softmax of
-    Milakov and Gimelshein 2018; pages as in Kwon et al. 2023). The queries of a sequence are its last positions:
-    query i of the n of sequence s stands at position seq_lens[s] - n + i, and sees the positions up to its own.
+    softmax(scale * q k^T) v for each query and head, as a fold over tiles of 64 positions (online softmax:
+    Milakov and Gimelshein 2018; pages: Kwon et al. 2023). The queries of a sequence are its last positions:
+    query i of the n of sequence s stands at position seq_lens[s] - n + i and sees the positions up to its own.
     Query head h reads KV head h // (H / kv_heads).
 
     Args:
-        cache: holds K and V, those of this batch included (`KvCache.write`). Position p of sequence s is in slot
-            block_tables[s, p // block_size] * block_size + p % block_size.
+        cache: holds K and V, those of this batch included (`KvCache.write`). Position p of sequence s is in
+            slot block_tables[s, p // block_size] * block_size + p % block_size.
         q: float32 (T, H, head_dim).
         query_start: int32 (S + 1,): the queries of sequence s are query_start[s] .. query_start[s + 1].
         seq_lens: int32 (S,): positions of each sequence, this batch included.

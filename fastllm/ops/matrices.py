@@ -29,8 +29,8 @@ def quantize(w: FloatArray, bits: int = 4, group: int = 32) -> PackedMatrix:
         (N, K); about bits + 32 / group (4 bits) or bits + 16 / group (8 bits) bits per weight.
 
     Raises:
-        RequestError: a wrong dtype, shape, bits or group; a weight that is not finite or too large for an fp16
-            scale, with its row and column.
+        RequestError: a wrong dtype, shape, bits or group; a weight that is not finite, or too large for an
+            fp16 scale, with its row and column.
     """
     return PackedMatrix.quantize(contiguous(w), bits, group)
 
@@ -78,8 +78,8 @@ def dequantize_ggml(dtype: str, data: UInt8Array, rows: int, cols: int) -> Float
 def quantize_rows(x: Float32Array) -> tuple[Int8Array, Float32Array]:
     """Quantize activations as `matmul` does before it multiplies with a quantized matrix.
 
-    In each row, each group of 32 columns has a scale of its own: scale = max |x| / 127, q = round(x / scale), a
-    group of zeros has scale 0. So x is about q * scale, to within scale / 2.
+    In each row, each group of 32 columns has a scale of its own: scale = max |x| / 127, q = round(x / scale);
+    a group of zeros has scale 0. So x is about q * scale, to within scale / 2.
 
     Args:
         x: float32 (M, K).

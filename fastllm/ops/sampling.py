@@ -22,7 +22,8 @@ class Samples(NamedTuple):
 
     Attributes:
         tokens: int32 (R,); -1 where a row's logits hold NaN or +infinity, or nothing is left to choose.
-        logprobs: float32 (R,): natural logarithm of the token's probability, before temperature, penalties and bias.
+        logprobs: float32 (R,): natural logarithm of the token's probability under the raw logits, before
+            temperature, penalties and bias.
         ranks: int32 (R,): 1 = most likely.
         top_ids: int32 (R, num_logprobs): the most likely tokens, best first.
         top_logprobs: float32 (R, num_logprobs).
@@ -134,9 +135,7 @@ def _per_row(name: str, lists: Sequence[Entry] | None, empty: Entry, rows: int) 
 
 def _starts(entries: Iterable[Sized]) -> Int32Array:
     """Where each row's entries begin in the concatenation of all, and the end."""
-    return np.concatenate([[0], np.cumsum([len(entry) for entry in entries], dtype=np.int64)]).astype(
-        np.int32
-    )
+    return np.cumsum([0, *(len(entry) for entry in entries)], dtype=np.int32)
 
 
 def _ids(name: str, entries: Iterable[Iterable[int]]) -> Int32Array:
