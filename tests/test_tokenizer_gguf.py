@@ -207,7 +207,7 @@ BYTES = sorted(CHARACTER_BYTES, key=lambda character: CHARACTER_BYTES[character]
 
 
 def bpe(words: dict[str, int] | None = None, merges: list[str] | None = None, **keys: Any) -> dict[str, Any]:
-    """Byte-level metadata: the 256 bytes (ids 0 to 255), results of merges, and other words with their types."""
+    """Byte-level metadata: the 256 bytes (ids 0 to 255), results of merges, other words with their types."""
     merges = merges or []
     tokens = list(dict.fromkeys([*BYTES, *(m.replace(" ", "") for m in merges)]))
     types = dict.fromkeys(tokens, NORMAL) | (words or {})

@@ -1,7 +1,6 @@
 """Tokenizers from a directory with tokenizer.json, which the `tokenizers` library reads itself.
 
-The files beside it count as well: tokenizer_config.json (special tokens, whether to add BOS and EOS, chat
-    template),
+The files beside it count as well: tokenizer_config.json (special tokens, chat template),
 special_tokens_map.json, chat_template.jinja, and generation_config.json or config.json for the ends of
 sequence.
 
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
 from fastllm.errors import ModelFileError, RequestError, UnsupportedModelError
@@ -72,7 +71,9 @@ class HFCodec:
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         self.end_ids = frozenset(self._ends())
-        self._quoted: _Quoted | None = None
+        # Control tokens, and tokens that look like markup whatever their type.
+        self._guarded = self.special_ids | {i for i, t in self._added.items() if looks_like_markup(t)}
+        self._quoted: dict[frozenset[int], _Quoted] = {}
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -89,39 +90,32 @@ class HFCodec:
         return value
 
     def _complete(self, config: Mapping[str, Any]) -> dict[str, str]:
-        """Add what only tokenizer_config.json knows; returns the named special tokens."""
-        known = {token.content for token in self._engine.get_added_tokens_decoder().values()}
-        listed = config.get("added_tokens_decoder") or {}
-        for key in sorted(listed, key=lambda k: int(k) if str(k).isdecimal() else 0):
-            token = _added_token(listed[key])
-            if token is not None and token.content not in known:
-                (self._engine.add_special_tokens if token.special else self._engine.add_tokens)([token])
-        older = self._json("special_tokens_map.json")
-        names: dict[str, str] = {}
-        for name in _NAMES:
-            token = _added_token(config.get(name, older.get(name)))
-            if token is not None:
-                names[name] = token.content
-                self._engine.add_special_tokens([AddedToken(token.content, special=True, normalized=False)])
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        if isinstance(extra, dict):
-            extra = list(extra.values())
-        for token in map(_added_token, extra if isinstance(extra, list) else []):
-            if token is not None:
-                self._engine.add_special_tokens([AddedToken(token.content, special=True, normalized=False)])
-        self._frame(config, names)
-        return names
+        """Add what only tokenizer_config.json knows; returns the named special tokens.
 
-    def _frame(self, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        """BOS and EOS around a text: the configuration comes before tokenizer.json's post-processor."""
-        said = "add_bos_token" in config or "add_eos_token" in config
-        if not said and self._engine.post_processor is not None:
-            return
-        bos = names.get("bos_token") if config.get("add_bos_token") else None
-        eos = names.get("eos_token") if config.get("add_eos_token") else None
-        single = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
-        tokens = [(text, self._engine.token_to_id(text)) for text in (bos, eos) if text]
-        self._engine.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+        `add_bos_token` and `add_eos_token` in there do not count: tokenizer.json's post-processor decides.
+        """
+        known = {token.content for token in self._engine.get_added_tokens_decoder().values()}
+        listed = config.get("added_tokens_decoder")
+        flagged: dict[str, AddedToken] = {}
+        for key in sorted(listed or {}, key=lambda k: int(k) if str(k).isdecimal() else 0):
+            token = _added_token((listed or {})[key])
+            if token is not None:
+                flagged[token.content] = token
+                if token.content not in known:
+                    (self._engine.add_special_tokens if token.special else self._engine.add_tokens)([token])
+        older = self._json("special_tokens_map.json") if listed is None else {}
+        names: dict[str, str] = {}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        named: list[tuple[str | None, Any]] = [(name, older.get(name, config.get(name))) for name in _NAMES]
+        named += [(None, value) for value in (extra.values() if isinstance(extra, dict) else extra)]
+        for name, value in named:
+            token = _added_token(value)
+            if token is not None:
+                plain = AddedToken(token.content, special=True, normalized=False)
+                self._engine.add_special_tokens([flagged.get(token.content, plain)])
+                if name is not None:
+                    names[name] = token.content
+        return names
 
     def _templates(self, config: Mapping[str, Any]) -> dict[str, str]:
         templates: dict[str, str] = {}
@@ -191,18 +185,14 @@ class HFCodec:
         spans = () if control is False else control
         if control is not False and not self._has_foreign_control(text, spans):
             return list(self._engine.encode(text, add_special_tokens=add_special_tokens).ids)
-        if self._quoted is None:
-            self._quoted = _Quoted(self._engine, self.special_ids)
-        quoted = self._quoted if control is False else _Quoted(self._engine, self._guarded())
-        return quoted.encode(text, spans, add_special_tokens)
-
-    def _guarded(self) -> frozenset[int]:
-        """Control tokens, and tokens that look like markup whatever their type."""
-        return self.special_ids | {i for i, text in self._added.items() if looks_like_markup(text)}
+        hidden = self.special_ids if control is False else self._guarded
+        if hidden not in self._quoted:
+            self._quoted[hidden] = _Quoted(self._engine, hidden)
+        return self._quoted[hidden].encode(text, spans, add_special_tokens)
 
     def _has_foreign_control(self, text: str, spans: Sequence[tuple[int, int]]) -> bool:
         """Whether a control token is written in `text` elsewhere than within `spans`."""
-        for token in self._guarded():
+        for token in self._guarded:
             written = self._contents[token]
             at = text.find(written)
             while at >= 0:
@@ -241,6 +231,10 @@ class _Quoted:
             description["model"]["vocab"] = {names.get(text, text): i for text, i in vocab.items()}
         elif isinstance(vocab, list):
             description["model"]["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+        if "merges" in description["model"]:
+            pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in description["model"]["merges"]]
+            kept = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
+            description["model"]["merges"] = kept
         if description["model"].get("unk_token") in names:
             description["model"]["unk_token"] = names[description["model"]["unk_token"]]
         self._engine = Engine.from_str(json.dumps(description))

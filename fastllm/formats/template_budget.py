@@ -88,7 +88,6 @@ class Budget:
         self._sizes[id(value)] = (value, total)
         return total
 
-
     def end(self) -> None:
         """Let go of what the rendering held."""
         self._sizes.clear()
