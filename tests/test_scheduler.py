@@ -521,6 +521,24 @@ def test_the_sampling_arrays_hold_the_parameters() -> None:
     assert batch.history_prompt_len.tolist() == [2, 0, 0]
 
 
+def test_unused_block_table_entries_are_zero() -> None:
+    scheduler = make(budget=64)
+    executor = executor_of(scheduler)
+    long = sequence("long", [2] * 30, LONG)
+    scheduler.add(long)
+    for _ in range(4):
+        step(scheduler, executor)
+    scheduler.abort(long)
+    scheduler.add(sequence("a", [3], LONG))
+    scheduler.add(sequence("b", [3] * 9, LONG))
+    for _ in range(2):  # both batches
+        batch = scheduler.schedule()
+        assert batch is not None
+        for table, item in zip(batch.block_tables.tolist(), scheduler.running, strict=True):
+            assert table == item.block_ids + [0] * (batch.block_tables.shape[1] - len(item.block_ids))
+        scheduler.update(executor.run(batch))
+
+
 # ---- token ids ------------------------------------------------------------------------------------------
 
 

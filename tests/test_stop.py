@@ -105,3 +105,9 @@ def test_a_long_repetitive_stop_string_takes_linear_time() -> None:
         assert stop is None
     assert len(out) == 100_000 - 1023
     assert matcher.push("b") == ("", "a" * 1023 + "b")
+
+
+def test_a_stop_that_was_turned_down_holds_nothing_back() -> None:
+    assert StopMatcher(StopStrings(["ab"])).push("xab", armed=False) == ("xab", None)
+    assert StopMatcher(StopStrings(["aba"])).push("xaba", armed=False) == ("xab", None)
+    assert StopMatcher(StopStrings(["ab", "abc"])).push("xab", armed=False) == ("x", None)
