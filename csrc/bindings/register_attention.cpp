@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -203,7 +204,8 @@ Floats paged_attention(const KvCache& cache, const py::object& q, const py::obje
         shapes.fail("block_tables", std::to_string(block), "blocks from 0 to " + std::to_string(cache.blocks() - 1));
     }
   }
-  const float factor = scale.is_none() ? 1.0f / __builtin_sqrtf(static_cast<float>(kv.head_dim)) : py::cast<float>(scale);
+  const float factor = scale.is_none() ? static_cast<float>(1.0 / std::sqrt(static_cast<double>(kv.head_dim)))
+                                       : py::cast<float>(scale);
   const Kernels& kernels = table(isa);
   Floats out({tokens, heads, static_cast<std::int64_t>(kv.head_dim)});
   const std::int64_t stride = heads * kv.head_dim, group = heads / kv.kv_heads;

@@ -31,15 +31,12 @@ T read(const py::dict& spec, const char* key) {
   }
 }
 
-// inv_freq[i] = base^(-2i / rotary) / (linear * factors[i])
 std::vector<double> inverse_frequencies(double base, std::int64_t rotary, double linear,
                                         const std::vector<double>& factors) {
-  std::vector<double> frequencies;
-  for (std::int64_t i = 0; i < rotary / 2; ++i) {
-    const double factor = factors.empty() ? 1.0 : factors[static_cast<std::size_t>(i)];
-    frequencies.push_back(pow_double(base, -2.0 * static_cast<double>(i) / static_cast<double>(rotary)) /
-                          (linear * factor));
-  }
+  if (!factors.empty() && factors.size() != static_cast<std::size_t>(rotary / 2))
+    throw ArgumentError("spec: rope_factors", std::to_string(factors.size()) + " values", "rotary_dim / 2 or none");
+  std::vector<double> frequencies(static_cast<std::size_t>(rotary / 2));
+  rope_inverse_frequencies(base, rotary, linear, factors.empty() ? nullptr : factors.data(), frequencies.data());
   return frequencies;
 }
 

@@ -131,6 +131,8 @@ class ChatTemplate:
             raise RequestError(
                 "messages", reason[:500], "a conversation that the chat template accepts"
             ) from error
+        finally:
+            budget.end()
 
     def _fault(self, reason: str) -> FastLLMError:
         if self._origin is None:

@@ -40,9 +40,8 @@ class Budget:
         self.steps = 0
         self.made_chars = 0
         self.deadline = time.monotonic() + TIME_S_MAX
-        self._sizes: dict[
-            int, tuple[Any, int]
-        ] = {}  # id of a container -> itself (so the id stays its), size
+        # id of a container -> the container (so that no other gets its id), its size
+        self._sizes: dict[int, tuple[Any, int]] = {}
 
     def step(self) -> None:
         self.steps += 1
@@ -88,6 +87,11 @@ class Budget:
         self.make(CONTAINER_COST_CHARS + 8 * len(value))
         self._sizes[id(value)] = (value, total)
         return total
+
+
+    def end(self) -> None:
+        """Let go of what the rendering held."""
+        self._sizes.clear()
 
 
 _budget: ContextVar[Budget] = ContextVar("fastllm_template_budget")
