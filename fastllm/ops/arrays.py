@@ -23,9 +23,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 def contiguous(value: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     """The same values, C-contiguous; copied only if they are not."""
-    if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
-        return value.copy(order="C")
-    return value
+    return np.ascontiguousarray(value) if isinstance(value, np.ndarray) and value.ndim else value
 
 
 def matrix(value: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:

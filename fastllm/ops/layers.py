@@ -168,7 +168,7 @@ def paged_attention(
 
     softmax(scale * q k^T) v for each query and head, as a fold over tiles of 64 positions (online softmax:
     Milakov and Gimelshein 2018; pages: Kwon et al. 2023). The queries of a sequence are its last positions:
-    query i of the n of sequence s stands at position seq_lens[s] - n + i and sees the positions up to its own.
+    query i of the n of sequence s stands at position seq_lens[s] - n + i and sees those up to its own.
     Query head h reads KV head h // (H / kv_heads).
 
     Args:
