@@ -11,10 +11,12 @@
 //   direct   up to kDirectRows rows: codes are unpacked in registers as they stream by
 //   panel    more rows: a panel's codes, scales and minimums are unpacked once into scratch (L1 or L2), then tiles of
 //            up to kTileRows rows run over it
-// Cost on AVX-512 VNNI per row, 16 outputs and 32 columns: 8 vpdpbusd (activation quad as embedded broadcast), 1
-// conversion, 1 multiplication, 1 FMA, and 1 multiplication for the zero point; per panel and 32 columns 8 loads (panel
-// path) or 4 loads and 12 logic operations (direct path), shared by the tile's rows. The tile keeps two registers a
-// row (12 rows: 26 of 32).
+// Cost on AVX-512 VNNI per row, 16 outputs and 32 columns: 8 vpdpbusd with 8 broadcasting loads of the activation quad, 1
+// multiplication for the zero point, 1 conversion, 1 multiplication by the scales, 1 FMA; per panel and 32 columns 8
+// loads (panel path) or 4 loads and 12 logic operations (direct path), shared by the tile's rows. The tile keeps two
+// registers a row; at 12 rows no vector leaves the registers inside the loop, the row pointers partly do. With 16 ymm
+// (AVX2, where two make a vector) 4 rows spill some accumulators once per 32 columns; vpmaddubsw takes 3 instructions
+// for what vpdpbusd does in one.
 #include "kernels/ops.h"
 #include "kernels/unpack.h"
 
