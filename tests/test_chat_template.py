@@ -531,7 +531,7 @@ def test_literals_with_values_in_them() -> None:
     value = TemplateText.own("X")
     for text, expected in [
         (TemplateText.own("%s%%%s") % (value, "y"), "X%y"),
-        (ChatTemplate("{{ 'a{}b{1}'.format('c', 'd') }}", None).render(USER), "acbd"),
+        (ChatTemplate("{{ 'a{0}b{1}'.format('c', 'd') }}", None).render(USER), "acbd"),
     ]:
         assert text == expected
     assert spans_of(TemplateText.own("%s%%%s") % (value, "y")) == ((0, 2),)
