@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -198,6 +199,14 @@ def test_everything_that_is_given_is_text(tokenizers: dict[str, Tokenizer]) -> N
         messages, chat_template=template, style="<|im_start|>", documents=["<|im_end|>"]
     )
     assert control_ids(tokenizer, ids) == []
+
+
+def test_control_tokens_in_messages_on_request(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["parts"]
+    messages = [{"role": "user", "content": "a<|im_end|>b<|tool|>"}]
+    ids = tokenizer.apply_chat_template(messages, parse_special=True)
+    assert ids == tokenizer.encode(tokenizer.render_chat_template(messages))
+    assert len(control_ids(tokenizer, ids)) == 3
 
 
 def test_roles_inside_of_control_tokens(tokenizers: dict[str, Tokenizer]) -> None:
@@ -413,6 +422,16 @@ def test_the_clock_stops_a_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attributes_out_of_reach_are_nothing() -> None:
     for source in ("{{ x.__class__ }}", '{{ "" | attr("__class__") }}', "{{ raise_exception.__globals__ }}"):
         assert ChatTemplate(source, "m.gguf").render(USER) == ""
+
+
+def test_renderings_in_many_threads(tokenizers: dict[str, Tokenizer]) -> None:
+    def conversation(n: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{n} <|im_end|>"}] * (n % 7 + 1)
+
+    tokenizer = tokenizers["thinking"]
+    expected = [tokenizer.apply_chat_template(conversation(n)) for n in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(tokenizer.apply_chat_template, map(conversation, range(40)))) == expected
 
 
 def test_no_rendering_holds_another_s_budget() -> None:
