@@ -349,8 +349,8 @@ def test_chat_info_and_pull_with_a_real_model(
     default_model_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(default_model_path)
-    assert main(["chat", "--model", model, "--message", "What is the capital of France?"]) == 0
-    assert "Paris" in capsys.readouterr().out
+    assert main(["chat", "--model", model, "--message", "Who are you?", "--max-tokens", "20"]) == 0
+    said = capsys.readouterr().out
     assert main(["pull", model]) == 0
     assert capsys.readouterr().out == model + "\n"
     assert main(["info", model]) == 0
@@ -364,7 +364,10 @@ def test_chat_info_and_pull_with_a_real_model(
     # The estimate is what loading takes.
     with LLM(model, kv_cache_tokens=64) as llm:
         packed = llm._thread.call(lambda engine: engine._executor.weight_bytes).result()
+        params = SamplingParams(temperature=0, max_tokens=20)
+        (answer,) = llm.chat([{"role": "user", "content": "Who are you?"}], params)
     assert facts["packed"].startswith(f"{packed / 2**20:.1f} MiB")
+    assert said == answer.outputs[0].text + "\n"
 
 
 @pytest.mark.model
