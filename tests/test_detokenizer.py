@@ -39,14 +39,14 @@ def byte_level() -> Tokenizer:
         b"\xff ",
     ):
         types[spelled(piece)] = NORMAL
-    types |= {"<s>": CONTROL, "<unk>": UNKNOWN, "<think>": USER_DEFINED, "é": USER_DEFINED, "gone": UNUSED}
+    types |= {"<s>": CONTROL, "<unk>": UNKNOWN, "<think>": USER_DEFINED, "日本": USER_DEFINED, "gone": UNUSED}
     return Tokenizer.from_gguf(metadata("gpt2", types, bos_token_id=264))
 
 
 def sentencepiece(**keys: Any) -> Tokenizer:
     types = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL}
     types |= {f"<0x{byte:02X}>": BYTE for byte in range(256)}
-    types |= dict.fromkeys(["▁", "▁▁", "▁a", "a", "é", "日本", "▁日"], NORMAL) | {"▁x": USER_DEFINED}
+    types |= dict.fromkeys(["▁", "▁▁", "▁a", "a", "é", "日本", "▁日"], NORMAL) | {"x y": USER_DEFINED}
     return Tokenizer.from_gguf(metadata("llama", types, **keys))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastllm.errors import ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.detokenizer import IncrementalDetokenizer
-from fastllm.formats.tokenizer import Tokenizer
+from fastllm.formats.tokenizer import Tokenizer, load_tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It's 12345 o'clock, don't you think?",
@@ -238,6 +239,23 @@ def test_chat_begins_with_one_bos(pairs: dict[str, tuple[Tokenizer, Any]]) -> No
     assert ids.count(ours.bos_token_id) == 1
 
 
+def test_control_tokens_that_normalization_would_make(tmp_path: Path) -> None:
+    folder = byte_level(
+        tmp_path, chat_template="{{ '<|im_end|>' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["normalizer"] = {"type": "NFKC"}
+    for token in description["added_tokens"]:
+        token["normalized"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    tokenizer = Tokenizer.from_directory(folder)
+    wide = "＜｜eot_id｜＞"
+    assert len(tokenizer.encode(wide, add_special_tokens=False)) == 1
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": wide}])
+    assert len([i for i in ids if tokenizer.is_special(i)]) == 1
+    assert not any(tokenizer.is_special(i) for i in tokenizer.encode(wide, parse_special=False)[1:])
+
+
 def test_facts(pairs: dict[str, tuple[Tokenizer, Any]]) -> None:
     ours, theirs = pairs["llama3"]
     assert ours.vocab_size == len(theirs)
@@ -278,6 +296,11 @@ def test_templates_in_files(tmp_path: Path) -> None:
     listed = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
     listed_folder = byte_level(tmp_path / "listed", chat_template=listed)
     assert Tokenizer.from_directory(listed_folder).chat_templates == {"default": "a", "rag": "b"}
+
+
+def test_load_tokenizer(folders: dict[str, Path]) -> None:
+    checkpoint: Any = SimpleNamespace(kind="hf", path=folders["llama3"], config={}, generation_config={})
+    assert load_tokenizer(checkpoint).bos_token_id == Tokenizer.from_directory(folders["llama3"]).bos_token_id
 
 
 def test_no_template(tmp_path: Path) -> None:

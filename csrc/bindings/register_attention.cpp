@@ -1,4 +1,5 @@
-// Paged attention on NumPy arrays: a cache of one layer, and attention of a flat batch over it, on one thread.
+// Paged attention on NumPy arrays: a cache of one layer, and attention of a flat batch over it, on one
+// thread.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -35,11 +36,12 @@ KvType kv_type(const std::string& name) {
 
 std::int64_t value_bytes(KvType type) { return type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2; }
 
-void check_size(const char* field, std::int64_t value, std::int64_t low, std::int64_t high, std::int64_t step) {
+void check_size(const char* field, std::int64_t value, std::int64_t low, std::int64_t high,
+                std::int64_t step) {
   if (value >= low && value <= high && value % step == 0) return;
   raise_request_error(field, std::to_string(value),
-                      (step > 1 ? "a multiple of " + std::to_string(step) : std::string("a number")) + " from " +
-                          std::to_string(low) + " to " + std::to_string(high));
+                      (step > 1 ? "a multiple of " + std::to_string(step) : std::string("a number")) +
+                          " from " + std::to_string(low) + " to " + std::to_string(high));
 }
 
 class KvCache {
@@ -86,7 +88,8 @@ class KvCache {
   py::tuple read(const py::object& slots) const {
     Shapes shapes = sized("KvCache.read");
     const std::int32_t* places = checked_slots(shapes, slots);
-    const std::int64_t count = shapes["T"], heads = view_.kv_heads, dim = view_.head_dim, size = view_.block_size;
+    const std::int64_t count = shapes["T"], heads = view_.kv_heads, dim = view_.head_dim,
+                       size = view_.block_size;
     Floats k({count, heads, dim}), v({count, heads, dim});
     for (std::int64_t t = 0; t < count; ++t) {
       for (std::int64_t h = 0; h < heads; ++h) {
@@ -126,17 +129,21 @@ class KvCache {
     return places;
   }
 
-  float value(const AlignedBuffer& buffer, const float* scales, std::int64_t token, std::int64_t index) const {
+  float value(const AlignedBuffer& buffer, const float* scales, std::int64_t token,
+              std::int64_t index) const {
     switch (type_) {
-      case KvType::f32: return buffer.as<float>()[index];
-      case KvType::f16: return half_to_float(buffer.as<std::uint16_t>()[index]);
+      case KvType::f32:
+        return buffer.as<float>()[index];
+      case KvType::f16:
+        return half_to_float(buffer.as<std::uint16_t>()[index]);
       case KvType::bf16: {
         const std::uint32_t bits = static_cast<std::uint32_t>(buffer.as<std::uint16_t>()[index]) << 16;
         float x;
         std::memcpy(&x, &bits, sizeof x);
         return x;
       }
-      case KvType::i8: return scales[token] * static_cast<float>(buffer.as<std::int8_t>()[index]);
+      case KvType::i8:
+        return scales[token] * static_cast<float>(buffer.as<std::int8_t>()[index]);
     }
     return 0.0f;
   }
@@ -161,7 +168,8 @@ void run_task(const Kernels& kernels, const KvView& kv, const AttentionTask& tas
   partials.resize(static_cast<std::size_t>((end - begin) * tile_floats));
   for (std::int64_t tile = begin; tile < end; tile += split) {
     const std::int64_t stop = std::min(tile + split, end);
-    kernels.attention_tiles(&kv, &task, tile, stop, partials.data() + (tile - begin) * tile_floats, scratch.data());
+    kernels.attention_tiles(&kv, &task, tile, stop, partials.data() + (tile - begin) * tile_floats,
+                            scratch.data());
   }
   kernels.attention_merge(&kv, &task, end - begin, partials.data());
 }
@@ -181,7 +189,8 @@ Floats paged_attention(const KvCache& cache, const py::object& q, const py::obje
   const std::int32_t* tables = shapes.in<std::int32_t>(block_tables, "block_tables", {"S", "max_blocks"});
   const std::int64_t max_blocks = shapes["max_blocks"];
   if (heads < 1 || heads % kv.kv_heads != 0)
-    shapes.fail("q", Shapes::describe(q), "a multiple of the cache's " + std::to_string(kv.kv_heads) + " heads");
+    shapes.fail("q", Shapes::describe(q),
+                "a multiple of the cache's " + std::to_string(kv.kv_heads) + " heads");
   if (start[0] != 0 || start[sequences] != tokens)
     shapes.fail("query_start", std::to_string(start[0]) + " to " + std::to_string(start[sequences]),
                 "offsets from 0 to T = " + std::to_string(tokens));
@@ -201,7 +210,8 @@ Floats paged_attention(const KvCache& cache, const py::object& q, const py::obje
     for (std::int64_t b = 0; b < used; ++b) {
       const std::int32_t block = tables[s * max_blocks + b];
       if (block < 0 || block >= cache.blocks())
-        shapes.fail("block_tables", std::to_string(block), "blocks from 0 to " + std::to_string(cache.blocks() - 1));
+        shapes.fail("block_tables", std::to_string(block),
+                    "blocks from 0 to " + std::to_string(cache.blocks() - 1));
     }
   }
   const float factor = scale.is_none() ? static_cast<float>(1.0 / std::sqrt(static_cast<double>(kv.head_dim)))
@@ -251,20 +261,23 @@ Args:
 
 Raises:
     RequestError: a size or dtype out of range.)")
-      .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, const std::string&>(), py::arg("blocks"),
-           py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size") = 16, py::arg("dtype") = "f32")
+      .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, const std::string&>(),
+           py::arg("blocks"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size") = 16,
+           py::arg("dtype") = "f32")
       .def("write", &KvCache::write, py::arg("k"), py::arg("v"), py::arg("slots"), py::arg("isa") = "",
            "Stores k and v, float32 (T, kv_heads, head_dim), into slots, int32 (T,).")
       .def("read", &KvCache::read, py::arg("slots"),
            "The stored K and V of slots, int32 (T,), as float32 (T, kv_heads, head_dim) each.")
       .def("poison", &KvCache::poison, "Makes every stored value NaN (int8: every scale), for tests.");
   module.def("paged_attention", &paged_attention, py::arg("cache"), py::arg("q"), py::arg("query_start"),
-             py::arg("seq_lens"), py::arg("block_tables"), py::arg("scale") = py::none(), py::arg("window") = 0,
-             py::arg("softcap") = 0.0f, py::arg("isa") = "", py::arg("split") = 0, py::arg("queries_at_once") = 0,
+             py::arg("seq_lens"), py::arg("block_tables"), py::arg("scale") = py::none(),
+             py::arg("window") = 0, py::arg("softcap") = 0.0f, py::arg("isa") = "", py::arg("split") = 0,
+             py::arg("queries_at_once") = 0,
              R"(Causal attention of a flat batch over a cache, on one thread.
 
-The queries query_start[s] .. query_start[s + 1] of sequence s are its last positions, up to seq_lens[s] - 1. Query
-head h reads KV head h // (H / kv_heads). None of the arguments from `isa` on changes a bit of the result.
+The queries query_start[s] .. query_start[s + 1] of sequence s are its last positions, up to seq_lens[s] - 1.
+Query head h reads KV head h // (H / kv_heads). None of the arguments from `isa` on changes a bit of the
+result.
 
 Args:
     cache: holds K and V, this batch's own included.

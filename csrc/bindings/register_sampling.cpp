@@ -29,7 +29,8 @@ py::dict sample(const py::object& logits, const py::object& batch, const std::st
   Shapes shapes("sample");
   const float* x = shapes.in<float>(logits, "logits", {"R", "V"});
   const std::int64_t vocab = shapes["V"], rows = shapes["R"];
-  if (vocab < 1 || vocab > INT32_MAX) shapes.fail("logits", Shapes::describe(logits), "1 to 2^31 - 1 columns");
+  if (vocab < 1 || vocab > INT32_MAX)
+    shapes.fail("logits", Shapes::describe(logits), "1 to 2^31 - 1 columns");
   const SampleArrays arrays = read_sample_arrays(shapes, batch, vocab, INT32_MAX);
   std::int64_t most = 0;
   for (std::int64_t r = 0; r < rows; ++r) most = std::max<std::int64_t>(most, arrays.num_logprobs[r]);
@@ -88,7 +89,8 @@ Doubles scalar_math(const std::string& name, const Doubles& x, double exponent) 
 
 Doubles inverse_frequencies(double base, std::int64_t rotary, double linear_factor, const Doubles& factors) {
   if (rotary < 2 || rotary % 2 != 0 || rotary > 65536)
-    raise_request_error("rope_inverse_frequencies: rotary", std::to_string(rotary), "an even number from 2 to 65536");
+    raise_request_error("rope_inverse_frequencies: rotary", std::to_string(rotary),
+                        "an even number from 2 to 65536");
   if (factors.size() != 0 && factors.size() != rotary / 2)
     raise_request_error("rope_inverse_frequencies: factors", std::to_string(factors.size()) + " values",
                         "none or rotary / 2 = " + std::to_string(rotary / 2));
@@ -109,8 +111,9 @@ py::tuple tables(const Doubles& inverse_frequency, std::int64_t first_position, 
   for (std::int64_t j = 0; j < n; ++j) {
     const double angle = last * inverse_frequency.data()[j];
     if (!(angle >= -kSincosLimit && angle <= kSincosLimit))
-      raise_request_error("rope_tables: inverse_frequency", std::to_string(inverse_frequency.data()[j]),
-                          "angles of at most 2^21 radians at position " + std::to_string(first_position + count - 1));
+      raise_request_error(
+          "rope_tables: inverse_frequency", std::to_string(inverse_frequency.data()[j]),
+          "angles of at most 2^21 radians at position " + std::to_string(first_position + count - 1));
   }
   py::array_t<float> cos({count, n}), sin({count, n});
   rope_tables(inverse_frequency.data(), n, first_position, count, cos.mutable_data(), sin.mutable_data());
@@ -120,8 +123,9 @@ py::tuple tables(const Doubles& inverse_frequency, std::int64_t first_position, 
 }  // namespace
 
 void register_sampling(py::module_& module) {
-  module.def("sample", &sample, py::arg("logits"), py::arg("batch"), py::arg("isa") = "",
-             R"(Samples a token, or looks up a given one, for each row; csrc/model/sampler.h tells the order of operations.
+  module.def(
+      "sample", &sample, py::arg("logits"), py::arg("batch"), py::arg("isa") = "",
+      R"(Samples a token, or looks up a given one, for each row; csrc/model/sampler.h tells in which order.
 
 Args:
     logits: float32 (R, V), raw.
@@ -129,17 +133,20 @@ Args:
     isa: the instruction set to run on, "" for the one in use.
 
 Returns:
-    A dict: tokens int32 (R,) (-1: the row failed, its logits hold NaN or +infinity, or nothing can be chosen),
-    logprob float32 (R,) and rank int32 (R,) where num_logprobs >= 0 or row_kind is 1 (else NaN and 0), top_ids int32
-    and top_logprobs float32 (R, min(V, largest num_logprobs)), -1 and NaN past a row's own number.
+    A dict: tokens int32 (R,) (-1: the row failed, its logits hold NaN or +infinity, or nothing can be
+    chosen), logprob float32 (R,) and rank int32 (R,) where num_logprobs >= 0 or row_kind is 1 (else NaN and
+    0), top_ids int32 and top_logprobs float32 (R, min(V, largest num_logprobs)), -1 and NaN past a row's own
+    number.
 
 Raises:
     RequestError: a wrong dtype, shape, offset, id or parameter.)");
   module.def("logits_summary", &logits_summary, py::arg("logits"), py::arg("isa") = "",
-             "float32 (V,). Returns the maximum (NaN if any value is), the sum of exp(x - maximum), and the lowest index "
+             "float32 (V,). Returns the maximum (NaN if any value is), the sum of exp(x - maximum), and the "
+             "lowest index "
              "of the maximum.");
   module.def("philox", &philox4x32_10, py::arg("counter"), py::arg("key"),
-             "Philox4x32-10 of a counter of four and a key of two 32-bit words, least significant first: four words.");
+             "Philox4x32-10 of a counter of four and a key of two 32-bit words, least significant first: "
+             "four words.");
   module.def("sample_uniform", &sample_uniform, py::arg("seed"), py::arg("sample_index"), py::arg("position"),
              "The uniform number in [0, 1) that a sample with this key draws with, a multiple of 2^-53.");
   module.def("scalar_math", &scalar_math, py::arg("name"), py::arg("x"), py::arg("exponent") = 1.0,
@@ -148,8 +155,10 @@ Raises:
 Below one unit in the last place off; |x| <= 2^21 for sin and cos (NaN beyond), x > 0 for pow.)");
   module.def("rope_inverse_frequencies", &inverse_frequencies, py::arg("base"), py::arg("rotary"),
              py::arg("linear_factor") = 1.0, py::arg("factors") = Doubles(0),
-             "base^(-2 i / rotary) / (linear_factor * factors[i]), float64 (rotary / 2,). factors: that many, or none.");
-  module.def("rope_tables", &tables, py::arg("inverse_frequency"), py::arg("first_position"), py::arg("count"),
+             "base^(-2 i / rotary) / (linear_factor * factors[i]), float64 (rotary / 2,). factors: that "
+             "many, or none.");
+  module.def("rope_tables", &tables, py::arg("inverse_frequency"), py::arg("first_position"),
+             py::arg("count"),
              R"(cos and sin of (first_position + i) * inverse_frequency[j]: float32 (count, frequencies) each.
 
 Angles are float64 products, at most 2^21 radians; the values are rounded once, to float32.)");

@@ -16,8 +16,8 @@ void check_each(const Shapes& shapes, const char* name, const T* values, std::in
   }
 }
 
-void check_range(const Shapes& shapes, const char* name, const std::int32_t* values, std::int64_t n, std::int64_t low,
-                 std::int64_t high) {
+void check_range(const Shapes& shapes, const char* name, const std::int32_t* values, std::int64_t n,
+                 std::int64_t low, std::int64_t high) {
   check_each(
       shapes, name, values, n, [&](std::int32_t v) { return v >= low && v <= high; },
       "values from " + std::to_string(low) + " to " + std::to_string(high));
@@ -28,7 +28,8 @@ void check_offsets(const Shapes& shapes, const char* name, const std::int32_t* s
                    std::int64_t entries) {
   bool right = start[0] == 0 && start[rows] == entries;
   for (std::int64_t r = 0; r < rows; ++r) right = right && start[r] <= start[r + 1];
-  if (!right) shapes.fail(name, "offsets that do not", "ascending offsets from 0 to " + std::to_string(entries));
+  if (!right)
+    shapes.fail(name, "offsets that do not", "ascending offsets from 0 to " + std::to_string(entries));
 }
 
 }  // namespace
@@ -83,19 +84,24 @@ SampleArrays read_sample_arrays(Shapes& shapes, const py::handle& batch, std::in
                   "a token from 0 to " + std::to_string(last) + " where row_kind is 1");
     const std::int64_t length = a.history_start[r + 1] - a.history_start[r];
     if (a.history_prompt_len[r] < 0 || (length > 0 && a.history_prompt_len[r] > length))
-      shapes.fail("history_prompt_len", std::to_string(a.history_prompt_len[r]) + " at index " + std::to_string(r),
+      shapes.fail("history_prompt_len",
+                  std::to_string(a.history_prompt_len[r]) + " at index " + std::to_string(r),
                   "at most the row's history of " + std::to_string(length));
   }
   const auto finite = [](float v) { return v - v == 0.0f; };
-  check_each(shapes, "temperature", a.temperature, rows, [&](float v) { return finite(v) && v >= 0; },
-             "finite values of at least 0");
+  check_each(
+      shapes, "temperature", a.temperature, rows, [&](float v) { return finite(v) && v >= 0; },
+      "finite values of at least 0");
   check_range(shapes, "top_k", a.top_k, rows, 0, INT32_MAX);
-  check_each(shapes, "top_p", a.top_p, rows, [](float v) { return v > 0 && v <= 1; }, "values above 0, at most 1");
-  check_each(shapes, "min_p", a.min_p, rows, [](float v) { return v >= 0 && v <= 1; }, "values from 0 to 1");
+  check_each(
+      shapes, "top_p", a.top_p, rows, [](float v) { return v > 0 && v <= 1; }, "values above 0, at most 1");
+  check_each(
+      shapes, "min_p", a.min_p, rows, [](float v) { return v >= 0 && v <= 1; }, "values from 0 to 1");
   check_each(shapes, "presence", a.presence, rows, finite, "finite values");
   check_each(shapes, "frequency", a.frequency, rows, finite, "finite values");
-  check_each(shapes, "repetition", a.repetition, rows, [&](float v) { return finite(v) && v > 0; },
-             "finite values above 0");
+  check_each(
+      shapes, "repetition", a.repetition, rows, [&](float v) { return finite(v) && v > 0; },
+      "finite values above 0");
   return a;
 }
 

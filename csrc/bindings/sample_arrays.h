@@ -8,9 +8,9 @@
 
 namespace fastllm {
 
-// Reads the arrays of R rows over a vocabulary of `vocab` tokens; binds "T" (of `positions`) and "R" in `shapes`. The
-// pointers are those of the batch's arrays. Raises RequestError for a wrong dtype, shape, order, id or parameter.
-// max_logprobs: the largest num_logprobs that is accepted.
+// Reads the arrays of R rows over a vocabulary of `vocab` tokens; binds "T" (of `positions`) and "R" in
+// `shapes`. The pointers are those of the batch's arrays. Raises RequestError for a wrong dtype, shape,
+// order, id or parameter. max_logprobs: the largest num_logprobs that is accepted.
 SampleArrays read_sample_arrays(Shapes& shapes, const pybind11::handle& batch, std::int64_t vocab,
                                 std::int32_t max_logprobs);
 

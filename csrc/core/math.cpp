@@ -1,5 +1,5 @@
-// Where more than 53 bits are needed, a value is an unevaluated sum hi + lo (Dekker 1971, Knuth's two-sum). Built
-// without contraction and without std::fma, which may or may not be one instruction.
+// Where more than 53 bits are needed, a value is an unevaluated sum hi + lo (Dekker 1971, Knuth's two-sum).
+// Built without contraction and without std::fma, which may or may not be one instruction.
 #include "core/math.h"
 
 #include <cstring>
@@ -21,7 +21,8 @@ double from_bits(std::uint64_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-double power_of_two(int n) { return from_bits(static_cast<std::uint64_t>(n + 1023) << 52); }  // -1022 <= n <= 1023
+// -1022 <= n <= 1023
+double power_of_two(int n) { return from_bits(static_cast<std::uint64_t>(n + 1023) << 52); }
 
 // Nearest integer, ties to even, for |x| < 2^51.
 double round_even(double x) { return x + 0x1.8p52 - 0x1.8p52; }
@@ -68,8 +69,9 @@ Pair divide(Pair a, Pair b) {
 constexpr double kLn2High = 0x1.62e42fefa38p-1;
 constexpr double kLn2Low = 0x1.ef35793c7673p-45;
 
-// exp(x.hi + x.lo), |x.lo| at most a few units of x.hi. With r = x - n ln 2, |r| <= 0.347: e^r - 1 - r by its Taylor
-// series to r^13 (the next term is below 2^-62); the last addition, 1 + (r + ...), makes nearly all of the error.
+// exp(x.hi + x.lo), |x.lo| at most a few units of x.hi. With r = x - n ln 2, |r| <= 0.347: e^r - 1 - r by its
+// Taylor series to r^13 (the next term is below 2^-62); the last addition, 1 + (r + ...), makes nearly all of
+// the error.
 double exp_pair(Pair x) {
   if (x.hi != x.hi) return x.hi;
   if (x.hi > 709.8) return kInfinity;
@@ -88,8 +90,9 @@ double exp_pair(Pair x) {
   return y * power_of_two(half) * power_of_two(k - half);
 }
 
-// ln x for normal or subnormal x > 0, to about 2^-64. x = 2^k m with m in [sqrt(1/2), sqrt(2)), s = (m - 1) / (m + 1),
-// ln m = 2 artanh s = 2 (s + s^3/3 + s^5/5 + ...), s^2 <= 0.0295; the first two terms as pairs, 12 more in double.
+// ln x for normal or subnormal x > 0, to about 2^-64. x = 2^k m with m in [sqrt(1/2), sqrt(2)), s = (m - 1) /
+// (m + 1), ln m = 2 artanh s = 2 (s + s^3/3 + s^5/5 + ...), s^2 <= 0.0295; the first two terms as pairs, 12
+// more in double.
 Pair log_pair(double x) {
   int k = 0;
   if (x < 0x1p-1022) {
@@ -117,8 +120,8 @@ Pair log_pair(double x) {
 // pi/2 in three parts of 32 bits, whose products with |n| < 2^21 are exact, and the rest.
 constexpr double kHalfPi[] = {0x1.921fb544p+0, 0x1.0b4611a6p-34, 0x1.3198a2ep-69, 0x1.b839a252049c1p-104};
 
-// sin and cos of r.hi + r.lo, |r| <= 0.79, by their Taylor series to r^19 and r^18 (the next terms are below 2^-61 and
-// 2^-67).
+// sin and cos of r.hi + r.lo, |r| <= 0.79, by their Taylor series to r^19 and r^18 (the next terms are below
+// 2^-61 and 2^-67).
 double sin_reduced(Pair r) {
   static constexpr double kRatio[] = {1.0 / (19 * 18), 1.0 / (17 * 16), 1.0 / (15 * 14), 1.0 / (13 * 12),
                                       1.0 / (11 * 10), 1.0 / (9 * 8),   1.0 / (7 * 6),   1.0 / (5 * 4)};
@@ -170,10 +173,18 @@ void sincos_double(double x, double* sin, double* cos) {
   for (double part : kHalfPi) r = add(r, {-n * part, 0.0});
   const double s = sin_reduced(r), c = cos_reduced(r);
   switch (static_cast<std::int64_t>(n) & 3) {
-    case 0: *sin = s, *cos = c; break;
-    case 1: *sin = c, *cos = -s; break;
-    case 2: *sin = -s, *cos = -c; break;
-    default: *sin = -c, *cos = s; break;
+    case 0:
+      *sin = s, *cos = c;
+      break;
+    case 1:
+      *sin = c, *cos = -s;
+      break;
+    case 2:
+      *sin = -s, *cos = -c;
+      break;
+    default:
+      *sin = -c, *cos = s;
+      break;
   }
 }
 

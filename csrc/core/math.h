@@ -1,15 +1,16 @@
-// Double-precision exp, log, pow, sin and cos of our own: plain +, -, *, / in a fixed order, so that every machine and
-// every C library gives the same bits. For tables and single values; the kernels have their own exp and tanh.
+// Double-precision exp, log, pow, sin and cos of our own: plain +, -, *, / in a fixed order, so that every
+// machine and every C library gives the same bits. For tables and single values; the kernels have their own
+// exp and tanh.
 #pragma once
 
 #include <cstdint>
 
 namespace fastllm {
 
-// Errors in units in the last place, see math.cpp: exp, log, sin, cos, pow below 1.
-double exp_double(double x);          // 0 below -745.2, infinite above 709.8; subnormal results within 1 of their units
-double log_double(double x);          // x > 0; -infinity for 0, NaN below
-double pow_double(double x, double y);  // x > 0
+// Each is less than one unit in the last place off, also where the result is subnormal.
+double exp_double(double x);                             // 0 below -745.2, infinite above 709.8
+double log_double(double x);                             // x > 0; -infinity for 0, NaN below
+double pow_double(double x, double y);                   // x > 0
 void sincos_double(double x, double* sin, double* cos);  // |x| <= kSincosLimit, NaN beyond
 
 constexpr double kSincosLimit = 2097152.0;  // 2^21 radians

@@ -1,22 +1,24 @@
-// Paged attention: out[i, h] = sum_t softmax_t(softcap(scale * q[i, h] . K[t])) V[t] over the positions t that query i
-// sees.
+// Paged attention: out[i, h] = sum_t softmax_t(softcap(scale * q[i, h] . K[t])) V[t] over the positions t
+// that query i sees.
 //
 // One query of one head is a fold over KV tiles of 64 positions, aligned at position 0. A tile gives
 //   s[t] = softcap(scale * (sum_d q[d] K[d, t]) [* k_scale[t]])     m' = max_t s[t]
 //   p[t] = exp(s[t] - m')    l' = sum_t p[t]    o'[d] = sum_t (p[t] [* v_scale[t]]) V[t, d]
 // over the positions in sight only, and is merged, tiles ascending, from m = -inf, l = 0, o = 0:
 //   n = max(m, m')   a = exp(m - n)   b = exp(m' - n)   l = fma(l', b, l a)   o = fma(o', b, o a)   m = n
-// The end is o / l. This is the only order of operations: prefill and decode, any number of queries or heads together
-// and any cut of the tiles between attention_tiles and attention_merge give the same bits. Tiles that a query does
-// not see take no part. Masked scores are replaced, and V rows out of sight are never multiplied, so that what
-// stands in unused slots (NaN too) has no influence. A tile whose scores are all -inf has l' = 0 and takes no part.
+// The end is o / l. This is the only order of operations: prefill and decode, any number of queries or heads
+// together and any cut of the tiles between attention_tiles and attention_merge give the same bits. Tiles
+// that a query does not see take no part. Masked scores are replaced, and V rows out of sight are never
+// multiplied, so that what stands in unused slots (NaN too) has no influence. A tile whose scores are all
+// -inf has l' = 0 and takes no part.
 //
 // Sums: a score and an output are one FMA chain each; l' adds the runs lane by lane, then by vec.h's tree.
 //
-// The rows (query x head of the group) that see a tile are computed up to six at a time (attention_tile.h). When more
-// than twelve share a tile, it is converted to fp32 once for all of them: the same values, so the same bits.
-// Cost per (row, 16 positions): head_dim FMAs for the scores, head_dim for the outputs, one exp (18 instructions) and
-// about 10 for mask, maximum and sum; per (row, tile): 5 * head_dim / 16 for the merge (x 2 on AVX2).
+// The rows (query x head of the group) that see a tile are computed up to six at a time (attention_tile.h).
+// When more than twelve share a tile, it is converted to fp32 once for all of them: the same values, so the
+// same bits. Cost per (row, 16 positions): head_dim FMAs for the scores, head_dim for the outputs, one exp
+// (18 instructions) and about 10 for mask, maximum and sum; per (row, tile): 5 * head_dim / 16 for the merge
+// (x 2 on AVX2).
 #include "kernels/attention.h"
 
 #include "kernels/attention_tile.h"
@@ -141,8 +143,8 @@ FASTLLM_INLINE void softmax_row(const AttentionTask* task, const Tile& tile, int
 // m', l' and o' of rows [row, row + count), count <= 6, all of which see something of the tile. Row r is head
 // r % group of query r / group. `values` are the same positions as `tile`, ready for `ops`.
 void compute_rows(const KvView* kv, const AttentionTask* task, int64_t index, int64_t row, int count,
-                  const Tile& tile, const Tile& values, const TileOps& ops, const Scratch& scratch, float* maximums,
-                  float* sums) {
+                  const Tile& tile, const Tile& values, const TileOps& ops, const Scratch& scratch,
+                  float* maximums, float* sums) {
   const int64_t head_dim = kv->head_dim;
   const float* q[kAttentionTileRows] = {};
   int first[kAttentionTileRows], last[kAttentionTileRows];
@@ -162,8 +164,8 @@ void compute_rows(const KvView* kv, const AttentionTask* task, int64_t index, in
       softmax_row<false>(task, tile, first[r], last[r], s, maximums + r, sums + r);
     }
   }
-  // Later rows see from later positions, and up to later ones. What all see is computed together; what only some
-  // see, before and after it, row by row: the chain over t stays ascending and meets no hidden position.
+  // Later rows see from later positions, and up to later ones. What all see is computed together; what only
+  // some see, before and after it, row by row: the chain over t stays ascending and meets no hidden position.
   float* o = scratch.outputs;
   const int begin = first[count - 1], end = last[0] + 1;
   if (begin == first[0] && end == last[count - 1] + 1) {
@@ -186,8 +188,9 @@ void compute_rows(const KvView* kv, const AttentionTask* task, int64_t index, in
 }
 
 // One step of the fold: (m, l, o) of `count` <= 8 rows with what their tile gave.
-FASTLLM_INLINE void merge_rows(int count, int64_t head_dim, const float* tile_maximums, const float* tile_sums,
-                               const float* const* tile_outputs, float* maximums, float* sums, float* const* outputs) {
+FASTLLM_INLINE void merge_rows(int count, int64_t head_dim, const float* tile_maximums,
+                               const float* tile_sums, const float* const* tile_outputs, float* maximums,
+                               float* sums, float* const* outputs) {
   alignas(64) float factors[16] = {};  // the exponents of a in lanes 0-7, of b in lanes 8-15
   for (int r = 0; r < count; ++r) {
     if (tile_sums[r] == 0.0f) continue;
@@ -210,18 +213,19 @@ FASTLLM_INLINE void merge_rows(int count, int64_t head_dim, const float* tile_ma
   }
 }
 
-// The queries of [begin, end) that see something of a tile: those at or after its start whose window reaches it.
+// The queries of [begin, end) that see something of a tile: those at or after its start whose window reaches
+// it.
 void queries_in_sight(const AttentionTask* task, int64_t index, int64_t* begin, int64_t* end) {
   const int64_t start = index * kKvTile - task->first_position;
   *begin = max_of(*begin, start);
   if (task->window != 0) *end = min_of(*end, start + kKvTile - 1 + task->window);
 }
 
-// Calls sink(row, count, maximums, sums) for the rows of queries [begin, end) that see tile `index`; their o' stand in
-// scratch.outputs.
+// Calls sink(row, count, maximums, sums) for the rows of queries [begin, end) that see tile `index`; their o'
+// stand in scratch.outputs.
 template <typename Sink>
-FASTLLM_INLINE void compute_tile(const KvView* kv, const AttentionTask* task, int64_t index, int64_t begin, int64_t end,
-                                 const Scratch& scratch, Sink sink) {
+FASTLLM_INLINE void compute_tile(const KvView* kv, const AttentionTask* task, int64_t index, int64_t begin,
+                                 int64_t end, const Scratch& scratch, Sink sink) {
   queries_in_sight(task, index, &begin, &end);
   if (begin >= end) return;
   const Tile tile = find_tile(kv, task, index, begin, end);
@@ -283,19 +287,22 @@ void attention(const KvView* kv, const AttentionTask* task, float* scratch_memor
     }
     const int64_t tiles = (task->first_position + end - 1) / kKvTile + 1;
     for (int64_t index = attention_first_position(task, begin) / kKvTile; index < tiles; ++index) {
-      compute_tile(kv, task, index, begin, end, scratch,
-                   [&](int64_t row, int count, const float* maximums, const float* sums) __attribute__((always_inline)) {
-                     const float* from[kAttentionTileRows];
-                     float* to[kAttentionTileRows];
-                     for (int r = 0; r < count; ++r) {
-                       from[r] = scratch.outputs + r * head_dim;
-                       to[r] = output_of(task, head_dim, row + r);
-                     }
-                     const int64_t at = row - first_row;
-                     merge_rows(count, head_dim, maximums, sums, from, scratch.maximums + at, scratch.sums + at, to);
-                   });
+      compute_tile(
+          kv, task, index, begin, end, scratch,
+          [&](int64_t row, int count, const float* maximums,
+              const float* sums) __attribute__((always_inline)) {
+            const float* from[kAttentionTileRows];
+            float* to[kAttentionTileRows];
+            for (int r = 0; r < count; ++r) {
+              from[r] = scratch.outputs + r * head_dim;
+              to[r] = output_of(task, head_dim, row + r);
+            }
+            const int64_t at = row - first_row;
+            merge_rows(count, head_dim, maximums, sums, from, scratch.maximums + at, scratch.sums + at, to);
+          });
     }
-    for (int64_t r = 0; r < rows; ++r) finish(output_of(task, head_dim, first_row + r), head_dim, scratch.sums[r]);
+    for (int64_t r = 0; r < rows; ++r)
+      finish(output_of(task, head_dim, first_row + r), head_dim, scratch.sums[r]);
   }
 }
 
@@ -310,16 +317,18 @@ void attention_tiles(const KvView* kv, const AttentionTask* task, int64_t tile_b
     float* records = partials + (index - tile_begin) * rows * record;
     for (int64_t r = 0; r < rows; ++r) records[r * record + 1] = 0.0f;  // sum 0: takes no part
     for (int64_t begin = 0; begin < task->queries; begin += step) {
-      compute_tile(kv, task, index, begin, min_of(begin + step, task->queries), scratch,
-                   [&](int64_t row, int count, const float* maximums, const float* sums) __attribute__((always_inline)) {
-                     for (int r = 0; r < count; ++r) {
-                       float* to = records + (row + r) * record;
-                       to[0] = maximums[r];
-                       to[1] = sums[r];
-                       const float* o = scratch.outputs + r * head_dim;
-                       for (int64_t d = 0; d < head_dim; d += 16) store(to + 2 + d, load(o + d));
-                     }
-                   });
+      compute_tile(
+          kv, task, index, begin, min_of(begin + step, task->queries), scratch,
+          [&](int64_t row, int count, const float* maximums, const float* sums)
+              __attribute__((always_inline)) {
+                for (int r = 0; r < count; ++r) {
+                  float* to = records + (row + r) * record;
+                  to[0] = maximums[r];
+                  to[1] = sums[r];
+                  const float* o = scratch.outputs + r * head_dim;
+                  for (int64_t d = 0; d < head_dim; d += 16) store(to + 2 + d, load(o + d));
+                }
+              });
     }
   }
 }

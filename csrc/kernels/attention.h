@@ -1,16 +1,17 @@
-// Paged attention over one sequence and one KV head: the functions behind the kernel table, and the sizes and tile
-// ranges that their callers need. What they compute stands in attention.cpp.
+// Paged attention over one sequence and one KV head: the functions behind the kernel table, and the sizes and
+// tile ranges that their callers need. What they compute stands in attention.cpp.
 #pragma once
 
 #include "kernels/kernels.h"
 
 namespace fastllm {
 
-constexpr int kAttentionTileRows = 6;   // rows (query x head) of one register tile
+constexpr int kAttentionTileRows = 6;    // rows (query x head) of one register tile
 constexpr int kAttentionBlockRows = 96;  // rows that share one conversion of a KV tile to fp32
 constexpr int kRunsPerTile = kKvTile / 16;
 
-// These are static: an inline function would be emitted by every instruction set's object and merged by the linker.
+// These are static: an inline function would be emitted by every instruction set's object and merged by the
+// linker.
 
 // First position that query i sees.
 static inline int64_t attention_first_position(const AttentionTask* task, int64_t i) {
@@ -29,12 +30,12 @@ static inline int64_t attention_tile_end(const AttentionTask* task) {
 // Floats of one record of attention_tiles: maximum, sum, output.
 static inline int64_t attention_record_floats(int64_t head_dim) { return 2 + head_dim; }
 
-// Floats of scratch that one call of attention or attention_tiles needs: weights and outputs of a register tile,
-// maximum and sum of a block of rows, a KV tile in fp32; 15 for alignment. About 9,700 for head_dim 64.
+// Floats of scratch that one call of attention or attention_tiles needs: weights and outputs of a register
+// tile, maximum and sum of a block of rows, a KV tile in fp32; 15 for alignment. About 9,200 for head_dim 64.
 static inline int64_t attention_scratch_floats(int64_t group, int64_t head_dim, int64_t queries) {
   const int64_t rows = group > kAttentionBlockRows ? group : kAttentionBlockRows;
   const int64_t used = group * queries < rows ? group * queries : rows;
-  return kAttentionTileRows * (kKvTile + head_dim) + 2 * used + 2 * kKvTile * head_dim + 64 + 15;
+  return kAttentionTileRows * (kKvTile + head_dim) + 2 * used + 2 * kKvTile * head_dim + 15;
 }
 
 }  // namespace fastllm

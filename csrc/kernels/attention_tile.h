@@ -3,10 +3,10 @@
 //   outputs  o[r, d] (+)= sum_t p[r, t] V[t, d]   ascending t, lanes are 16 columns
 // Every output is one chain of fp32 FMAs, whatever the number of rows R that share the loads of K and V.
 //
-// Vectors in registers: R x J accumulators of kParts native vectors, one line of K or V, one broadcast. With 32 zmm,
-// R = 6 and J = 4; with 16 ymm (two make a vector) J falls from 4 to 1 as R grows. Instructions per (row, 16
-// positions, 1 column of q): 1 FMA (AVX-512), 2 FMAs (AVX2); the load (and conversion) of a line is shared by R rows,
-// a broadcast by J lines.
+// Vectors in registers: R x J accumulators of kParts native vectors, one line of K or V, one broadcast. With
+// 32 zmm, R = 6 and J = 4; with 16 ymm (two make a vector) J falls from 4 to 1 as R grows. Instructions per
+// (row, 16 positions, 1 column of q): 1 FMA (AVX-512), 2 FMAs (AVX2); the load (and conversion) of a line is
+// shared by R rows, a broadcast by J lines.
 #pragma once
 
 #include "kernels/attention.h"
@@ -32,7 +32,8 @@ FASTLLM_INLINE f32x16 load_values(const void* base, int64_t index) {
   }
 }
 
-// acc[r][j] += factor(r) * line(j). With 32 registers the lines stay and the factors pass; with 16, a line at a time.
+// acc[r][j] += factor(r) * line(j). With 32 registers the lines stay and the factors pass; with 16, a line at
+// a time.
 template <int R, int J, typename Line, typename Factor>
 FASTLLM_INLINE void multiply_add(f32x16 (&acc)[R][J], Line line, Factor factor) {
   if constexpr (kParts == 1) {
@@ -90,8 +91,8 @@ void score_tile(const float* const* q, const Tile& tile, int64_t head_dim, float
 
 // J vectors of outputs from column d, positions [begin, end) of the tile.
 template <int R, int J, KvType T>
-FASTLLM_INLINE void weigh_columns(const float* p, const Tile& tile, int begin, int end, int64_t head_dim, int64_t d,
-                                  bool accumulate, float* o) {
+FASTLLM_INLINE void weigh_columns(const float* p, const Tile& tile, int begin, int end, int64_t head_dim,
+                                  int64_t d, bool accumulate, float* o) {
   f32x16 acc[R][J];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -116,15 +117,18 @@ FASTLLM_INLINE void weigh_columns(const float* p, const Tile& tile, int begin, i
   }
 }
 
-// o: (R, head_dim), continued when `accumulate`; p: (R, kKvTile). Positions outside [begin, end) are not touched.
+// o: (R, head_dim), continued when `accumulate`; p: (R, kKvTile). Positions outside [begin, end) are not
+// touched.
 template <int R, KvType T>
-void weigh_tile(const float* p, const Tile& tile, int begin, int end, int64_t head_dim, bool accumulate, float* o) {
+void weigh_tile(const float* p, const Tile& tile, int begin, int end, int64_t head_dim, bool accumulate,
+                float* o) {
   constexpr int J = tile_width(R);
   int64_t d = 0;
   for (; d + 16 * J <= head_dim; d += 16 * J)
     weigh_columns<R, J, T>(p, tile, begin, end, head_dim, d, accumulate, o);
   if constexpr (J == 4) {
-    for (; d + 32 <= head_dim; d += 32) weigh_columns<R, 2, T>(p, tile, begin, end, head_dim, d, accumulate, o);
+    for (; d + 32 <= head_dim; d += 32)
+      weigh_columns<R, 2, T>(p, tile, begin, end, head_dim, d, accumulate, o);
   }
   if constexpr (J > 1) {
     for (; d < head_dim; d += 16) weigh_columns<R, 1, T>(p, tile, begin, end, head_dim, d, accumulate, o);

@@ -32,8 +32,8 @@ constexpr int kKvTile = 64;           // positions in one tile of the attention 
 enum class Codes : uint8_t { u4, u5, u6, u8, f16, bf16, f32 };
 
 // A packed matrix as the kernels see it. Padding columns and padding outputs have scale 0 and min 0.
-//   scales     fp16 (panels, kp/group, 16); with a super-scale (panels, ceil(K/256), 16)
-//   subscales  int8 (panels, kp/group, 16), or null: then the scale of a group is scales alone, else
+//   scales     fp16 (panels, ceil(kp/group), 16); with a super-scale (panels, ceil(K/256), 16)
+//   subscales  int8 (panels, ceil(kp/group), 16), or null: then the scale of a group is scales alone, else
 //              float(scales[.., k/256, n]) * float(subscales[.., k/group, n]), rounded to fp32
 //   mins       fp16, shaped as scales, or null
 //   submins    uint8, shaped as subscales, or null; likewise float(mins) * float(submins)

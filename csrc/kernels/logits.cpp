@@ -1,8 +1,8 @@
 // Maximum, sum of exponentials and argmax over one row of logits.
 //   max_value  NaN when any value is NaN; -inf when n is 0. A maximum is exact, whatever the order.
-//   exp_sum    sum of exp(x - max): blocks of 256 values; in a block, 16 lanes of 16 fp32 additions each, then vec.h's
-//              tree; the blocks in order in double. Relative error below 1.3e-6 (21 roundings in a block), typically
-//              1e-7. Exactly 0 for -inf.
+//   exp_sum    sum of exp(x - max) over blocks of 256 values, in order, in double; in a block, 16 lanes of 16
+//              fp32 additions each, then vec.h's tree. Relative error below 1.3e-6 (21 roundings in a
+//              block), typically 1e-7. Exactly 0 for -inf.
 //   argmax     the lowest index among equals; NaN never wins; 0 when nothing exceeds -inf. n < 2^31.
 // Per 16 values: 1 load, 3 instructions for max_value, 20 for exp_sum, 4 for argmax (x 2 on AVX2).
 #include "kernels/logits.h"

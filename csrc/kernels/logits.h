@@ -5,7 +5,8 @@
 
 namespace fastllm {
 
-constexpr int64_t kExpSumBlock = 256;  // exp_sum over n values is the sum of exp_sum over blocks of this many, in order
+// exp_sum over n values is the sum, in order, of exp_sum over blocks of this many.
+constexpr int64_t kExpSumBlock = 256;
 
 }  // namespace fastllm
 

@@ -68,6 +68,8 @@ struct StepOutput {
   float* logits = nullptr;             // (R, V), or null: raw logits are not wanted
 };
 
+inline std::size_t kv_value_bytes(KvType type) { return type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2; }
+
 class Decoder {
  public:
   // threads: 0 takes all available processors. Throws std::invalid_argument.

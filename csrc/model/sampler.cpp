@@ -48,7 +48,8 @@ const float* edited(const float* logits, std::int64_t n, const SampleRow& row, S
   for (std::int64_t i = 0; i < row.bias_count; ++i) x[row.bias_ids[i]] += row.bias_values[i];
   for (std::int64_t i = 0; i < row.banned_count; ++i) x[row.banned_ids[i]] = -kInfinity;
   if (penalty) {
-    if (static_cast<std::int64_t>(workspace.counts.size()) < n) workspace.counts.resize(static_cast<std::size_t>(n));
+    if (static_cast<std::int64_t>(workspace.counts.size()) < n)
+      workspace.counts.resize(static_cast<std::size_t>(n));
     apply_penalties(row, workspace.counts.data(), x);
   }
   return x;
@@ -111,7 +112,8 @@ void sample_row(const Kernels& kernels, const float* logits, std::int64_t n, con
   out.logprob = std::numeric_limits<float>::quiet_NaN();
   out.rank = 0;
   const float highest = kernels.max_value(logits, n);
-  if (!is_finite(highest)) return;  // NaN and +infinity come out of max_value; -infinity leaves nothing to choose
+  // NaN and +infinity come out of max_value; -infinity leaves nothing to choose.
+  if (!is_finite(highest)) return;
   const bool given = row.kind == SampleRow::kLogprob;
   const std::int32_t token = given ? row.target : sample_token(kernels, logits, n, highest, row, workspace);
   out.token = token;

@@ -1,20 +1,20 @@
 // From one row of logits to a token, its log-probability and rank, and the most likely tokens.
 //
-// The order is vLLM's. Log-probabilities and ranks are those of the raw logits. For a token to be sampled, then:
+// The order is vLLM's. Log-probabilities and ranks are those of the raw logits. To sample a token:
 //   1. bias         logit += value
 //   2. banned       logit = -inf
-//   3. penalties    repetition, over prompt and output: logit > 0 ? logit / r : logit * r; then, over the output only,
-//                   logit -= frequency * count, logit -= presence
+//   3. penalties    repetition, over prompt and output: logit > 0 ? logit / r : logit * r; then, over the
+//                   output only, logit -= frequency * count, logit -= presence
 //   4. greedy       when temperature < 1e-5: the highest logit, the lowest id among equals
 //   5. temperature  y = (logit - highest) * (1 / temperature)
 //   6. min_p        keep y >= log(min_p), that is p >= min_p * highest p
 //   7. top_k        keep logits not below the k-th highest: all that equal it stay
-//   8. top_p        in order of falling logit, then rising id: keep a token while the probability before it, among
-//                   those still kept, is below top_p; the first always stays
-//   9. draw         the first kept token, in order of id, whose cumulative probability exceeds a uniform number from
-//                   Philox keyed by (seed, sample_index, position)
-// exp is the kernels', in fp32; sums are in double, in an order given by the list of kept tokens alone, so neither
-// instruction set nor threads matter, and a filter that removes nothing changes no bit.
+//   8. top_p        in order of falling logit, then rising id: keep a token while the probability before it,
+//                   among those still kept, is below top_p; the first always stays
+//   9. draw         the first kept token, in order of id, whose cumulative probability exceeds a uniform
+//                   number from Philox keyed by (seed, sample_index, position)
+// exp is the kernels', in fp32; sums are in double, in an order given by the list of kept tokens alone, so
+// neither instruction set nor threads matter, and a filter that removes nothing changes no bit.
 #pragma once
 
 #include <cstdint>
@@ -69,9 +69,9 @@ struct SampleArrays {
 };
 
 struct SampleOut {
-  std::int32_t token;   // sampled, or the target; -1 when the row failed
-  float logprob;        // of that token; NaN when not asked for or failed
-  std::int32_t rank;    // 1 + number of tokens with a greater raw logit; 0 when not asked for or failed
+  std::int32_t token;     // sampled, or the target; -1 when the row failed
+  float logprob;          // of that token; NaN when not asked for or failed
+  std::int32_t rank;      // 1 + number of tokens with a greater raw logit; 0 when not asked for or failed
   std::int32_t* top_ids;  // room for min(num_logprobs, n); the highest first, the lower id first among equals
   float* top_logprobs;
 };
@@ -82,14 +82,15 @@ struct SampleWorkspace {
   std::vector<std::int32_t> counts;  // (n) all zero between rows
   std::vector<float> values;         // logits of the kept tokens, in order of id
   std::vector<std::int32_t> ids;
-  std::vector<float> maximums;       // of blocks of the list at hand
-  std::vector<float> order;          // a copy to partition
-  std::vector<std::uint64_t> keys;   // selected logits with their places, as sortable integers
-  std::vector<double> sums;          // of blocks of the list at hand
+  std::vector<float> maximums;      // of blocks of the list at hand
+  std::vector<float> order;         // a copy to partition
+  std::vector<std::uint64_t> keys;  // selected logits with their places, as sortable integers
+  std::vector<double> sums;         // of blocks of the list at hand
 };
 
-// logits: (n), 0 < n < 2^31. A row fails alone, with out.token = -1, when a raw logit is NaN or +infinity, when none is
-// finite, or when bias, bans or penalties lead there. Throws nothing but std::bad_alloc while the workspace grows.
+// logits: (n), 0 < n < 2^31. A row fails alone, with out.token = -1, when a raw logit is NaN or +infinity,
+// when none is finite, or when bias, bans or penalties lead there. Throws nothing but std::bad_alloc while
+// the workspace grows.
 void sample_row(const Kernels& kernels, const float* logits, std::int64_t n, const SampleRow& row,
                 SampleWorkspace& workspace, SampleOut& out);
 

@@ -10,9 +10,9 @@
 namespace fastllm {
 namespace {
 
-constexpr std::int64_t kSkipBlock = 64;       // logits that one maximum stands for
-constexpr std::int64_t kSmallNucleus = 128;   // tokens tried before the histogram
-constexpr int kBuckets = 1024;                // of the histogram, each 1/32 of y wide
+constexpr std::int64_t kSkipBlock = 64;      // logits that one maximum stands for
+constexpr std::int64_t kSmallNucleus = 128;  // tokens tried before the histogram
+constexpr int kBuckets = 1024;               // of the histogram, each 1/32 of y wide
 constexpr float kBucketsPerUnit = 32.0f;
 static_assert(kExpSumBlock % kSkipBlock == 0);
 
@@ -29,7 +29,8 @@ std::uint64_t key_of(float x, std::int64_t place) {
 
 // y of places [begin, begin + count), count <= 256.
 void scaled(const Candidates& list, std::int64_t begin, std::int64_t count, float* y) {
-  for (std::int64_t i = 0; i < count; ++i) y[i] = (list.x[begin + i] - list.highest) * list.inverse_temperature;
+  for (std::int64_t i = 0; i < count; ++i)
+    y[i] = (list.x[begin + i] - list.highest) * list.inverse_temperature;
 }
 
 // Sums of exp(y) over blocks of 256 into workspace.sums; their total.
@@ -71,8 +72,8 @@ void visit_blocks(const Candidates& list, const SampleWorkspace& workspace, Pass
   }
 }
 
-// A value that at least `count` candidates reach: the count-th highest block maximum. -infinity when there are too few
-// blocks for that to cut much off. Needs find_maximums.
+// A value that at least `count` candidates reach: the count-th highest block maximum. -infinity when there
+// are too few blocks for that to cut much off. Needs find_maximums.
 float lower_bound(std::int64_t count, SampleWorkspace& workspace) {
   if (count * 2 > static_cast<std::int64_t>(workspace.maximums.size())) return -__builtin_inff();
   workspace.order = workspace.maximums;
@@ -81,8 +82,8 @@ float lower_bound(std::int64_t count, SampleWorkspace& workspace) {
   return *nth;
 }
 
-// The candidates of which keep(place, x) holds; only blocks whose maximum passes are looked at. Writing never overtakes
-// reading, so the list may already lie in the workspace.
+// The candidates of which keep(place, x) holds; only blocks whose maximum passes are looked at. Writing never
+// overtakes reading, so the list may already lie in the workspace.
 template <typename Pass, typename Keep>
 Candidates compact(const Candidates& list, SampleWorkspace& workspace, Pass pass, Keep keep) {
   if (static_cast<std::int64_t>(workspace.values.size()) < list.n) {
@@ -104,7 +105,8 @@ Candidates compact(const Candidates& list, SampleWorkspace& workspace, Pass pass
   return left;
 }
 
-// Where the nucleus ends: the candidate, in sorted order, with which the sum reaches `target`. False when none does.
+// Where the nucleus ends: the candidate, in sorted order, with which the sum reaches `target`. False when
+// none does.
 struct Cutoff {
   float x;
   std::int64_t place;
@@ -134,12 +136,14 @@ bool walk_keys(const Kernels& kernels, const Candidates& list, double before, do
   return false;
 }
 
-int bucket_of(float y) { return static_cast<int>(std::min(-y * kBucketsPerUnit, static_cast<float>(kBuckets - 1))); }
+int bucket_of(float y) {
+  return static_cast<int>(std::min(-y * kBucketsPerUnit, static_cast<float>(kBuckets - 1)));
+}
 
-// For a nucleus of many tokens: probabilities by bucket of y, then only the bucket in which the sum reaches the target
-// is sorted.
-bool histogram_cutoff(const Kernels& kernels, const Candidates& list, double target, SampleWorkspace& workspace,
-                      Cutoff* cutoff) {
+// For a nucleus of many tokens: probabilities by bucket of y, then only the bucket in which the sum reaches
+// the target is sorted.
+bool histogram_cutoff(const Kernels& kernels, const Candidates& list, double target,
+                      SampleWorkspace& workspace, Cutoff* cutoff) {
   double sums[kBuckets] = {};
   float y[kExpSumBlock], e[kExpSumBlock];
   for (std::int64_t begin = 0; begin < list.n; begin += kExpSumBlock) {
@@ -162,7 +166,8 @@ bool histogram_cutoff(const Kernels& kernels, const Candidates& list, double tar
   }
   std::sort(workspace.keys.begin(), workspace.keys.end(), std::greater<std::uint64_t>());
   if (walk_keys(kernels, list, before, target, workspace, cutoff)) return true;
-  const std::int64_t last = place_of_key(workspace.keys.back());  // the two orders of adding differ by a rounding
+  // The two orders of adding may differ by a rounding: then the nucleus ends with the bucket.
+  const std::int64_t last = place_of_key(workspace.keys.back());
   *cutoff = {list.x[last], last};
   return true;
 }
@@ -171,7 +176,8 @@ bool histogram_cutoff(const Kernels& kernels, const Candidates& list, double tar
 
 std::int64_t place_of_key(std::uint64_t key) { return 0xffffffffu - static_cast<std::uint32_t>(key); }
 
-void select_highest(const Kernels& kernels, const Candidates& list, std::int64_t count, SampleWorkspace& workspace) {
+void select_highest(const Kernels& kernels, const Candidates& list, std::int64_t count,
+                    SampleWorkspace& workspace) {
   workspace.keys.clear();
   if (count <= 0) return;
   find_maximums(kernels, list, workspace);
@@ -188,7 +194,8 @@ void select_highest(const Kernels& kernels, const Candidates& list, std::int64_t
   std::sort(workspace.keys.begin(), workspace.keys.end(), std::greater<std::uint64_t>());
 }
 
-Candidates keep_min_p(const Kernels& kernels, const Candidates& list, float min_p, SampleWorkspace& workspace) {
+Candidates keep_min_p(const Kernels& kernels, const Candidates& list, float min_p,
+                      SampleWorkspace& workspace) {
   if (!(min_p > 0.0f)) return list;
   const float lowest = static_cast<float>(log_double(static_cast<double>(min_p)));
   // y rises with x, so what holds for a block's maximum bounds the block.
@@ -197,7 +204,8 @@ Candidates keep_min_p(const Kernels& kernels, const Candidates& list, float min_
   return compact(list, workspace, passes, [&](std::int64_t, float x) { return passes(x); });
 }
 
-Candidates keep_top_k(const Kernels& kernels, const Candidates& list, std::int64_t k, SampleWorkspace& workspace) {
+Candidates keep_top_k(const Kernels& kernels, const Candidates& list, std::int64_t k,
+                      SampleWorkspace& workspace) {
   if (k <= 0 || k >= list.n) return list;
   find_maximums(kernels, list, workspace);
   const float bound = lower_bound(k, workspace);
@@ -229,7 +237,8 @@ Candidates keep_top_p(const Kernels& kernels, const Candidates& list, float p, S
       [&](std::int64_t place, float x) { return x > cutoff.x || (x == cutoff.x && place <= cutoff.place); });
 }
 
-std::int32_t draw(const Kernels& kernels, const Candidates& list, double uniform, SampleWorkspace& workspace) {
+std::int32_t draw(const Kernels& kernels, const Candidates& list, double uniform,
+                  SampleWorkspace& workspace) {
   const double total = sum_blocks(kernels, list, workspace);
   if (!(total > 0.0)) return -1;
   double target = uniform * total;

@@ -96,8 +96,7 @@ def _packed_bytes(checkpoint: Checkpoint, spec: DecoderSpec) -> int:
     total = 0
     for entry in iter_tensors(checkpoint, spec):
         shape, dtype = entry.tensor.shape, entry.tensor.dtype
-        if len(shape) != 2:
-            total += 4 * math.prod(shape)  # kept as float32
+        if len(shape) != 2:  # the few vectors stay as they are
             continue
         rows, cols = shape
         if (dtype, cols) not in panels:

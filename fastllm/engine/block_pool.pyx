@@ -87,7 +87,7 @@ cdef class BlockPool:
 
     cdef int allocate_into(self, vector[int32_t]& table, Py_ssize_t count) except -1:
         """Append count blocks to table. Nothing changes when there are too few."""
-        cdef Py_ssize_t i
+        cdef Py_ssize_t _i
         cdef int32_t block
         if count < 0:
             raise RequestError("count", count, "an integer >= 0")
@@ -97,7 +97,7 @@ cdef class BlockPool:
                 unit="blocks",
             )
         table.reserve(table.size() + count)
-        for i in range(count):
+        for _i in range(count):
             block = self.free_stack.back()
             self.free_stack.pop_back()
             self.references[block] = 1
@@ -203,7 +203,7 @@ cdef class BlockPool:
         """Recompute the invariants from scratch.
 
         Args:
-            tables: the block tables of all holders (an iterable of sequences of ids), or None to leave P4 out.
+            tables: the block tables of all holders (an iterable of lists of ids); None leaves P4 out.
 
         Raises:
             AssertionError: an invariant is broken; the message begins with its number.
@@ -215,14 +215,14 @@ cdef class BlockPool:
         for i in range(<Py_ssize_t> self.free_stack.size()):
             block = self.free_stack[i]
             if block < 0 or block >= self.num_blocks or on_stack[block]:
-                raise AssertionError(f"P2: entry {i} of the free stack is {block}, out of range or there twice")
+                raise AssertionError(f"P2: entry {i} of the free stack is {block}, no block or there twice")
             on_stack[block] = 1
         for i in range(self.num_blocks):
             if self.references[i] < 0:
                 raise AssertionError(f"P3: block {i} has {self.references[i]} references")
             if (self.references[i] == 0) != (on_stack[i] == 1):
                 raise AssertionError(
-                    f"P1: block {i} has {self.references[i]} references, on the free stack: {on_stack[i] == 1}"
+                    f"P1: block {i} has {self.references[i]} references, is free: {on_stack[i] == 1}"
                 )
         if tables is None:
             return

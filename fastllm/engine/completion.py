@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
-    def token_bytes(self, id: int, /) -> bytes: ...
+    def token_bytes(self, id: int, /) -> bytes: ...  # b"" for an id of the model that it does not know
 
 
 class Detokenizer(Protocol):
@@ -58,10 +58,7 @@ class TokenTexts:
     def __getitem__(self, token: int) -> str:
         text = self._texts.get(token)
         if text is None:
-            try:
-                text = self._tokenizer.token_bytes(token).decode("utf-8", "replace")
-            except (IndexError, KeyError, ValueError):  # a model may have more ids than its tokenizer
-                text = ""
+            text = self._tokenizer.token_bytes(token).decode("utf-8", "replace")
             self._texts[token] = text
         return text
 

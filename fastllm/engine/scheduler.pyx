@@ -31,33 +31,34 @@ States of a sequence
                           |          ABORTED          |
                           +---------------------------+
 
-    from       to         function                 when                          blocks
-    ---------  ---------  -----------------------  ----------------------------  -------------------------------
-    NEW        WAITING    add                      it can fit                    none
-    WAITING    RUNNING    schedule, _admit_waiting seat, budget and blocks free  allocated for all known tokens
-    PREEMPTED  RUNNING    schedule, _admit_waiting the same                      the same
-    RUNNING    RUNNING    schedule, _schedule_running  it grows                  one more where a block begins
-    RUNNING    PREEMPTED  schedule, _preempt       an earlier one (or itself)    freed; num_computed becomes 0
-                                                   needs a block, none is free
-    RUNNING    FINISHED   update                   stop token or length limit    freed
-    RUNNING    FINISHED   finish                   stop string (the caller's)    freed
-    WAITING,   ABORTED    abort                    any time                      had none
+    from       to         function                     when                          blocks
+    ---------  ---------  ---------------------------  ----------------------------  -------------------------
+    NEW        WAITING    add                          it can fit                    none
+    WAITING    RUNNING    schedule, _admit_waiting     seat, budget, blocks free     for all its known tokens
+    PREEMPTED  RUNNING    schedule, _admit_waiting     the same                      the same
+    RUNNING    RUNNING    schedule, _schedule_running  it grows                      one more where one begins
+    RUNNING    PREEMPTED  schedule, _preempt           an earlier one (or itself)    freed; num_computed is 0
+                                                       needs a block, none is free
+    RUNNING    FINISHED   update                       stop token or length limit    freed
+    RUNNING    FINISHED   finish                       stop string (the caller's)    freed
+    NEW,       ABORTED    abort                        any time                      had none
+    WAITING,
     PREEMPTED
-    RUNNING    ABORTED    abort                    no step in flight             freed
-    RUNNING    ABORTED    abort                    its step is in flight         freed by update or rollback
+    RUNNING    ABORTED    abort                        no step in flight             freed
+    RUNNING    ABORTED    abort                        its step is in flight         freed by update, rollback
 
-    A step is in flight between schedule and update (or rollback, which forgets it: nothing was counted yet, and
-    the next schedule gives the same tokens again).
+    A step is in flight between schedule and update (or rollback, which forgets it: nothing was counted yet,
+    and the next schedule gives the same tokens again).
 
 Nothing waits for ever, and nothing deadlocks
 =============================================
 
 A sequence ends at the latest with length_limit = min(prompt + max_tokens, max_model_len, pool tokens + 1)
 tokens; the newest token is never in the cache, so it needs at most length_limit - 1 <= pool tokens. `add`
-refuses a prompt that is not below that. So the earliest running sequence, which may preempt all others, always
-finds its block, and with nothing running the head of the queue always fits. That the limit is arithmetic known
-at admission, rather than what the pool happens to have left, also makes a sequence end at the same token
-however it was batched.
+refuses a prompt that is not below that. So the earliest running sequence, which may preempt all others,
+always finds its block, and with nothing running the head of the queue always fits. That the limit is
+arithmetic known at admission, rather than what the pool happens to have left, also makes a sequence end at
+the same token however it was batched.
 
 Invariants (`check` recomputes every one of them)
 =================================================
@@ -161,8 +162,8 @@ cdef class Scheduler:
             max_tokens: tokens to generate at most, or None.
 
         Returns:
-            min(num_prompt + max_tokens, max_model_len, pool tokens + 1): the newest token of a sequence is not
-            in the cache, so a cache of 64 tokens serves 65.
+            min(num_prompt + max_tokens, max_model_len, pool tokens + 1): the newest token of a sequence is
+            not in the cache, so a cache of 64 tokens serves 65.
 
         Raises:
             CapacityError: the prompt leaves no room for a token in the model's length, or does not fit into
@@ -229,7 +230,7 @@ cdef class Scheduler:
     cdef Py_ssize_t _schedule_running(self, StepBatch batch, Py_ssize_t budget) except -1:
         """Schedule the running sequences in order of arrival. Returns the budget that is left.
 
-        Only sequences behind the one at hand, or itself, are preempted: never one that is in the batch already.
+        Only sequences behind the one at hand, or itself, are preempted: never one in the batch already.
         """
         cdef Sequence sequence, victim
         cdef Py_ssize_t i = 0
@@ -314,7 +315,7 @@ cdef class Scheduler:
             raise ValueError(f"a result of {tokens.shape[0]} rows for a batch of {batch.num_rows}")
         for row in range(batch.num_rows):
             if tokens[row] < 0 or tokens[row] >= self.vocab_size:
-                raise ValueError(f"row {row} yields token {tokens[row]}, the vocabulary has {self.vocab_size}")
+                raise ValueError(f"row {row} yields token {tokens[row]} of a vocabulary of {self.vocab_size}")
         cdef list moved = []
         for i in range(batch.num_seqs):
             sequence = <Sequence> batch.sequences[i]
@@ -444,16 +445,17 @@ cdef class Scheduler:
             known = <Py_ssize_t> sequence.tokens.size()
             held = <Py_ssize_t> sequence.blocks.size()
             _require("S4", sequence.num_computed < known, sequence, "has no next token to compute")
-            _require("S4", known < sequence.length_limit, sequence, f"is at its limit {sequence.length_limit}")
+            _require("S4", known < sequence.length_limit, sequence, "is at its length limit")
             least = self.pool.blocks_for(sequence.num_computed + sequence.num_scheduled)
-            _require("S4", least <= held <= self.pool.blocks_for(known), sequence, "has too few or many blocks")
+            fits = least <= held <= self.pool.blocks_for(known)
+            _require("S4", fits, sequence, "has too few or too many blocks")
         _require("S5", len(self._running) <= self.max_num_seqs, None, f"{len(self._running)} sequences run")
         self.pool.check([sequence.block_ids for sequence in (*self._running, *self._draining)])
         if self.in_flight is None:
             _require("S7", scheduled == 0, None, f"{scheduled} tokens are scheduled, no step is in flight")
         else:
             total = self.in_flight.num_tokens
-            _require("S7", scheduled == total, None, f"{scheduled} tokens are scheduled, {total} in the batch")
+            _require("S7", scheduled == total, None, f"{scheduled} tokens scheduled, {total} in the batch")
             _require("S7", 0 < total <= self.max_num_batched_tokens, None, f"a step of {total} tokens")
         for sequence in (*self._running, *self._waiting):
             if sequence.num_prompt_logprobs >= 0:

@@ -13,13 +13,13 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from fastllm.executor.base import ROW_LOGPROB, ROW_SAMPLE
+from fastllm.executor import base as _contract
 
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.sequence cimport Sequence
 
-cdef int KIND_SAMPLE = ROW_SAMPLE
-cdef int KIND_LOGPROB = ROW_LOGPROB
+cdef int KIND_SAMPLE = _contract.ROW_SAMPLE
+cdef int KIND_LOGPROB = _contract.ROW_LOGPROB
 
 
 cdef class Column:
@@ -65,8 +65,13 @@ cdef class StepBatch:
 
     def __init__(self, Py_ssize_t max_tokens, Py_ssize_t max_seqs):
         max_seqs = min(max_seqs, max_tokens)
-        for_tokens = lambda dtype=np.int32: Column(dtype, max_tokens)  # noqa: E731
-        for_seqs = lambda: Column(np.int32, max_seqs)  # noqa: E731
+
+        def for_tokens(dtype=np.int32):
+            return Column(dtype, max_tokens)
+
+        def for_seqs():
+            return Column(np.int32, max_seqs)
+
         self._token_ids = for_tokens()
         self._positions = for_tokens()
         self._slot_mapping = for_tokens()
@@ -185,10 +190,12 @@ cdef class StepBatch:
             self._bias_ids.reserve(self.num_bias + size)
             self._bias_values.reserve(self.num_bias + size)
             memcpy(
-                <int32_t*> self._bias_ids.data + self.num_bias, sequence.bias_ids.data(), size * sizeof(int32_t)
+                <int32_t*> self._bias_ids.data + self.num_bias, sequence.bias_ids.data(),
+                size * sizeof(int32_t),
             )
             memcpy(
-                <float*> self._bias_values.data + self.num_bias, sequence.bias_values.data(), size * sizeof(float)
+                <float*> self._bias_values.data + self.num_bias, sequence.bias_values.data(),
+                size * sizeof(float),
             )
             self.num_bias += size
         size = <Py_ssize_t> sequence.banned_ids.size()
@@ -203,7 +210,8 @@ cdef class StepBatch:
             size = <Py_ssize_t> sequence.tokens.size()
             self._history.reserve(self.num_history + size)
             memcpy(
-                <int32_t*> self._history.data + self.num_history, sequence.tokens.data(), size * sizeof(int32_t)
+                <int32_t*> self._history.data + self.num_history, sequence.tokens.data(),
+                size * sizeof(int32_t),
             )
             self.num_history += size
             (<int32_t*> self._history_prompt_len.data)[row] = <int32_t> sequence.num_prompt

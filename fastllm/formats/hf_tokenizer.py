@@ -74,6 +74,10 @@ class HFCodec:
         # Control tokens, and tokens that look like markup whatever their type.
         self._guarded = self.special_ids | {i for i, t in self._added.items() if looks_like_markup(t)}
         self._quoted: dict[frozenset[int], _Quoted] = {}
+        # Other text may become such a token when the library normalizes text before it looks for them.
+        self._has_hidden_spellings = self._engine.normalizer is not None and any(
+            added[i].normalized for i in self._guarded & added.keys()
+        )
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -191,7 +195,9 @@ class HFCodec:
         return self._quoted[hidden].encode(text, spans, add_special_tokens)
 
     def _has_foreign_control(self, text: str, spans: Sequence[tuple[int, int]]) -> bool:
-        """Whether a control token is written in `text` elsewhere than within `spans`."""
+        """Whether a control token is, or may be, written in `text` elsewhere than within `spans`."""
+        if self._has_hidden_spellings:
+            return True
         for token in self._guarded:
             written = self._contents[token]
             at = text.find(written)

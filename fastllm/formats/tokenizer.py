@@ -138,6 +138,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         tools: Sequence[Any] | None = None,
+        parse_special: bool = False,
         **kwargs: Any,
     ) -> list[int]:
         """Token ids of a conversation, ready for the model to go on.
@@ -153,6 +154,7 @@ class Tokenizer:
             chat_template: jinja2 source, or the name of one of `chat_templates`, instead of the model's
                 default.
             tools: JSON schemas for templates that offer tools to the model.
+            parse_special: let messages write control tokens too; only for messages that the caller wrote.
             kwargs: further names for the template, such as `enable_thinking`.
 
         Raises:
@@ -167,7 +169,7 @@ class Tokenizer:
             tools=tools,
             **kwargs,
         )
-        ids = self._codec.encode(text, add_special_tokens=False, control=spans_of(text))
+        ids = self._codec.encode(text, add_special_tokens=False, control=parse_special or spans_of(text))
         if self._codec.chat_adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids

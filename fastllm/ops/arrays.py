@@ -6,7 +6,7 @@ Dtypes and shapes are checked by the core; what is no array is handed on for it 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,13 @@ def matrix(value: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     return contiguous(value).reshape(math.prod(value.shape[:-1]), value.shape[-1])
 
 
-def same_shape(call: str, **arrays: npt.NDArray[Any]) -> None:
-    """Raises RequestError unless all arrays have the shape of the first."""
-    (first, model), *others = arrays.items()
-    for name, array in others:
-        if np.shape(array) != np.shape(model):
-            raise RequestError(f"{call}: {name}", describe(array), f"the shape of {first}, {np.shape(model)}")
+def check_alike(call: str, **arrays: Float32Array) -> None:
+    """Raises RequestError unless all arrays are float32, with the shape of the first."""
+    first, model = next(iter(arrays.items()))
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.shape != np.shape(model):
+            wanted = "float32" if array is model else f"float32 {np.shape(model)}, the shape of {first}"
+            raise RequestError(f"{call}: {name}", describe(array), wanted)
 
 
 def describe(value: object) -> str:

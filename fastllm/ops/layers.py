@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fastllm import _core
 from fastllm._core import KvCache
 from fastllm.errors import RequestError
-from fastllm.ops.arrays import Float32Array, Int32Array, contiguous, describe, matrix, same_shape
+from fastllm.ops.arrays import Float32Array, Int32Array, check_alike, contiguous, describe, matrix
 
 
 def rms_norm(x: Float32Array, weight: Float32Array, eps: float = 1e-5) -> Float32Array:
@@ -50,7 +50,7 @@ def silu_mul(gate: Float32Array, up: Float32Array) -> Float32Array:
     Args:
         gate, up: float32 of the same shape.
     """
-    same_shape("silu_mul", gate=gate, up=up)
+    check_alike("silu_mul", gate=gate, up=up)
     return _core.silu_mul(matrix(gate), matrix(up)).reshape(gate.shape)
 
 
@@ -60,7 +60,7 @@ def gelu_tanh_mul(gate: Float32Array, up: Float32Array) -> Float32Array:
     Args:
         gate, up: float32 of the same shape.
     """
-    same_shape("gelu_tanh_mul", gate=gate, up=up)
+    check_alike("gelu_tanh_mul", gate=gate, up=up)
     return _core.gelu_tanh_mul(matrix(gate), matrix(up)).reshape(gate.shape)
 
 
