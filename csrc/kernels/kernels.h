@@ -65,7 +65,8 @@ struct QuantizedRows {
   float* fsums32;    // (M, kp/32)
   int64_t kp;
 
-  QuantizedRows from_row(int64_t m) const {
+  // Never a symbol of its own: each instruction set would bring a copy, and the linker would keep any one of them.
+  __attribute__((always_inline)) QuantizedRows from_row(int64_t m) const {
     const int64_t a = m * (kp / 16), b = m * (kp / 32);
     return {q + m * kp, scale + b, sums16 + a, sums32 + b, fsums16 + a, fsums32 + b, kp};
   }
