@@ -65,7 +65,7 @@ struct QuantizedRows {
   float* fsums32;    // (M, kp/32)
   int64_t kp;
 
-  // Never a symbol of its own: each instruction set would bring a copy, and the linker would keep any one of them.
+  // Inlined by force, as the function below is static: no instruction set's copy may stand in for another's.
   __attribute__((always_inline)) QuantizedRows from_row(int64_t m) const {
     const int64_t a = m * (kp / 16), b = m * (kp / 32);
     return {q + m * kp, scale + b, sums16 + a, sums32 + b, fsums16 + a, fsums32 + b, kp};
@@ -91,7 +91,7 @@ struct KvView {
 
 // What attention computes for a run of queries of one sequence that share a KV head.
 //   q    (queries, q_stride): the heads of the group start at q + h * head_dim, h < group
-//   out  the same strides
+//   out  likewise with out_stride; must not overlap q: it holds the state of the fold
 //   Query i stands at position first_position + i and sees positions
 //   [max(0, p - window + 1), p], or [0, p] when window is 0.
 struct AttentionTask {
@@ -162,7 +162,7 @@ struct Kernels {
 };
 
 // Bytes of scratch that one thread of matmul_q needs: a panel unpacked to bytes, and its scales and mins in fp32.
-inline int64_t matmul_scratch_bytes(const PackedView* w) {
+static inline int64_t matmul_scratch_bytes(const PackedView* w) {
   const int64_t groups = w->kp / (w->group < kActivationGroup ? w->group : kActivationGroup);
   return w->kp * kPanel + 2 * groups * kPanel * 4 + 256;
 }

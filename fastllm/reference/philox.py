@@ -38,7 +38,7 @@ def sample_uniform(seed: int, sample_index: int, position: int) -> float:
     Args:
         seed: unsigned 64-bit.
         sample_index: which of a request's `n` samples, unsigned 32-bit.
-        position: where in the sequence the sampled token will stand, unsigned 32-bit.
+        position: of the token that the logits follow, one before the sampled one, unsigned 32-bit.
     """
     first, second, _, _ = philox4x32_10(
         (position & _MASK, sample_index & _MASK, 0, 0), (seed & _MASK, (seed >> 32) & _MASK)
