@@ -82,13 +82,14 @@ def test_each_form_of_a_prompt_gives_its_answer_in_order() -> None:
     ]
     prompts.append({"prompt_token_ids": [5, 6], "prompt": "abba"})
     expected = [[2, 3, 4], [2, 7, 3], [4, 3, 2], [2], [5, 6]]
+    singles: list[Any] = ["abc", {"prompt": "abc"}]
     with make() as llm:
         outputs = llm.generate(prompts, GREEDY)
         for output, ids in zip(outputs, expected, strict=True):
             assert_alone(output, ids, GREEDY)
         assert [output.prompt for output in outputs] == ["abc", "a b", None, None, "abba"]
         assert llm.generate([], GREEDY) == []
-        assert [len(llm.generate(single, GREEDY)) for single in ("abc", {"prompt": "abc"})] == [1, 1]
+        assert [len(llm.generate(single, GREEDY)) for single in singles] == [1, 1]
         check_empty(llm)
 
 
@@ -205,10 +206,11 @@ def test_a_bar_that_nobody_asked_for_shows_up_after_a_while(monkeypatch: pytest.
     shown = []
     for delay in (0.0, 100.0):
         monkeypatch.setattr("fastllm.llm._BAR_DELAY", delay)
-        monkeypatch.setattr(sys, "stderr", Terminal())
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
         with make() as llm:
             llm.generate(["a", "b"], GREEDY)
-        shown.append(sys.stderr.getvalue())  # type: ignore[attr-defined]
+        shown.append(terminal.getvalue())
     assert "2/2" in shown[0]
     assert "%" not in shown[1]
 
