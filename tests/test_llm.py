@@ -13,7 +13,8 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from hypothesis import strategies as st
 import fastllm
 from fastllm import LLM, CapacityError, EngineDeadError, RequestError, SamplingParams, UnsupportedModelError
 from fastllm.engine.hooks import EngineHook, Queued
-from fastllm.engine_thread import join_deltas
+from fastllm.engine_thread import EngineThread, Mailbox, join_deltas
+from fastllm.llm import _Call
 from fastllm.outputs import CompletionOutput, RequestOutput
 from fastllm.sampling_params import RequestOutputKind
 
@@ -569,6 +571,30 @@ def test_closing_ends_the_calls_of_other_threads() -> None:
     assert executor.num_closed == 1
 
 
+def test_no_command_is_lost_when_the_engine_closes() -> None:
+    for _ in range(20):
+        llm = make()
+        futures: list[Future[Any]] = []
+
+        def work(thread: EngineThread = llm._thread, futures: list[Future[Any]] = futures) -> None:
+            box = Mailbox("never", RequestOutputKind.DELTA, _Call())
+            with contextlib.suppress(EngineDeadError):
+                while True:
+                    futures.append(thread.call(lambda engine: engine.check()))
+                    futures.append(thread.discard([box]))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.002)
+        llm.close()
+        for thread in threads:
+            thread.join(WAIT)
+        for future in futures:
+            with contextlib.suppress(EngineDeadError):
+                future.result(WAIT)
+
+
 def test_an_llm_that_is_thrown_away_gives_its_memory_back() -> None:
     executor = HeldExecutor()
     llm = make(executor)
@@ -593,11 +619,12 @@ def test_a_failure_of_the_engine_reaches_every_call() -> None:
     llm = make(executor)
     stream = llm.stream("ab", GREEDY)
     next(stream)
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: llm.generate(["abc", "ba"], GREEDY),
         lambda: list(stream),
         lambda: llm.generate("a"),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(EngineDeadError, match="the executor broke") as caught:
             call()
         assert caught.value.__cause__ is cause
