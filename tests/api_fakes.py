@@ -12,6 +12,7 @@ from typing import Any
 
 from fake_executor import PIECES, FakeDetokenizer, FakeExecutor, FakeTokenizer, expected_tokens, full_text
 
+from fastllm import LLM
 from fastllm.engine.engine import Engine, EngineConfig
 from fastllm.errors import RequestError
 from fastllm.executor.base import StepBatch, StepResult
@@ -124,3 +125,12 @@ def assert_alone(output: RequestOutput, prompt: Sequence[int], params: SamplingP
 def engine_threads() -> list[threading.Thread]:
     """Threads of fastllm that are alive."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("fastllm")]
+
+
+def weight_bytes(llm: LLM) -> int:
+    """What the packed weights of a real model take."""
+
+    def look(engine: Any) -> int:
+        return int(engine._executor.weight_bytes)
+
+    return llm._thread.call(look).result(WAIT)

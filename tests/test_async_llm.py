@@ -326,11 +326,11 @@ async def test_requests_that_end_at_random_leave_nothing_behind() -> None:
 
 async def test_several_event_loops_share_the_batches() -> None:
     executor = slow()
-    answers: dict[int, list[RequestOutput]] = {}
+    answers: dict[int, tuple[RequestOutput, ...]] = {}
     async with make(executor) as llm:
 
         def work(number: int) -> None:
-            async def both() -> list[RequestOutput]:
+            async def both() -> tuple[RequestOutput, ...]:
                 return await asyncio.gather(
                     final(llm.generate("abc", GREEDY)), final(llm.generate("a" * (number + 1), GREEDY))
                 )
@@ -340,7 +340,8 @@ async def test_several_event_loops_share_the_batches() -> None:
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
-        await asyncio.to_thread(lambda: [thread.join(WAIT) for thread in threads])
+        for thread in threads:
+            await asyncio.to_thread(thread.join, WAIT)
         for number in range(4):
             assert_alone(answers[number][0], [2, 3, 4], GREEDY)
             assert_alone(answers[number][1], [2] * (number + 1), GREEDY)
@@ -351,7 +352,7 @@ async def test_a_blocked_loop_holds_nobody_up_and_is_called_once() -> None:
     executor = slow()
     calls = []
     async with make(executor) as llm:
-        loop = asyncio.get_running_loop()
+        loop: Any = asyncio.get_running_loop()
         genuine = loop.call_soon_threadsafe
 
         def counted(*arguments: Any, **more: Any) -> Any:
@@ -360,7 +361,7 @@ async def test_a_blocked_loop_holds_nobody_up_and_is_called_once() -> None:
 
         outputs = llm.generate("abc", DELTA)
         first = await anext(outputs)
-        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        loop.call_soon_threadsafe = counted
         answers: list[RequestOutput] = []
         other = threading.Thread(
             target=lambda: answers.append(asyncio.run(final(llm.generate("ba", GREEDY))))
@@ -370,7 +371,7 @@ async def test_a_blocked_loop_holds_nobody_up_and_is_called_once() -> None:
         assert_alone(answers[0], [3, 2], GREEDY)
         assert len(calls) == 1
         rest = await collect(outputs)
-        loop.call_soon_threadsafe = genuine  # type: ignore[method-assign]
+        loop.call_soon_threadsafe = genuine
         assert len(rest) <= 2
         for piece in rest:
             first = join_deltas(first, piece)

@@ -13,7 +13,8 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from hypothesis import strategies as st
 import fastllm
 from fastllm import LLM, CapacityError, EngineDeadError, RequestError, SamplingParams, UnsupportedModelError
 from fastllm.engine.hooks import EngineHook, Queued
-from fastllm.engine_thread import join_deltas
+from fastllm.engine_thread import EngineThread, Mailbox, join_deltas
+from fastllm.llm import _Call
 from fastllm.outputs import CompletionOutput, RequestOutput
 from fastllm.sampling_params import RequestOutputKind
 
@@ -82,13 +84,14 @@ def test_each_form_of_a_prompt_gives_its_answer_in_order() -> None:
     ]
     prompts.append({"prompt_token_ids": [5, 6], "prompt": "abba"})
     expected = [[2, 3, 4], [2, 7, 3], [4, 3, 2], [2], [5, 6]]
+    singles: list[Any] = ["abc", {"prompt": "abc"}]
     with make() as llm:
         outputs = llm.generate(prompts, GREEDY)
         for output, ids in zip(outputs, expected, strict=True):
             assert_alone(output, ids, GREEDY)
         assert [output.prompt for output in outputs] == ["abc", "a b", None, None, "abba"]
         assert llm.generate([], GREEDY) == []
-        assert [len(llm.generate(single, GREEDY)) for single in ("abc", {"prompt": "abc"})] == [1, 1]
+        assert [len(llm.generate(single, GREEDY)) for single in singles] == [1, 1]
         check_empty(llm)
 
 
@@ -205,10 +208,11 @@ def test_a_bar_that_nobody_asked_for_shows_up_after_a_while(monkeypatch: pytest.
     shown = []
     for delay in (0.0, 100.0):
         monkeypatch.setattr("fastllm.llm._BAR_DELAY", delay)
-        monkeypatch.setattr(sys, "stderr", Terminal())
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
         with make() as llm:
             llm.generate(["a", "b"], GREEDY)
-        shown.append(sys.stderr.getvalue())  # type: ignore[attr-defined]
+        shown.append(terminal.getvalue())
     assert "2/2" in shown[0]
     assert "%" not in shown[1]
 
@@ -567,6 +571,30 @@ def test_closing_ends_the_calls_of_other_threads() -> None:
     assert executor.num_closed == 1
 
 
+def test_no_command_is_lost_when_the_engine_closes() -> None:
+    for _ in range(20):
+        llm = make()
+        futures: list[Future[Any]] = []
+
+        def work(thread: EngineThread = llm._thread, futures: list[Future[Any]] = futures) -> None:
+            box = Mailbox("never", RequestOutputKind.DELTA, _Call())
+            with contextlib.suppress(EngineDeadError):
+                while True:
+                    futures.append(thread.call(lambda engine: engine.check()))
+                    futures.append(thread.discard([box]))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.002)
+        llm.close()
+        for thread in threads:
+            thread.join(WAIT)
+        for future in futures:
+            with contextlib.suppress(EngineDeadError):
+                future.result(WAIT)
+
+
 def test_an_llm_that_is_thrown_away_gives_its_memory_back() -> None:
     executor = HeldExecutor()
     llm = make(executor)
@@ -591,11 +619,12 @@ def test_a_failure_of_the_engine_reaches_every_call() -> None:
     llm = make(executor)
     stream = llm.stream("ab", GREEDY)
     next(stream)
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: llm.generate(["abc", "ba"], GREEDY),
         lambda: list(stream),
         lambda: llm.generate("a"),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(EngineDeadError, match="the executor broke") as caught:
             call()
         assert caught.value.__cause__ is cause

@@ -146,7 +146,7 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
         type=float,
         default=1.0,
         metavar="P",
-        help="keep the likeliest, this much together (default: 1)",
+        help="keep the likeliest that make up P (default: 1)",
     )
     group.add_argument(
         "--min-p",
