@@ -5,9 +5,9 @@
 Perplexity, divergence of the distributions (KL, nats) and how often the most likely token is the same, on the
 fixed texts of tests/data/quality and, with --stdlib, on as many tokens each of Python's own documentation and
 sources, which differ between Python versions; for every type of KV cache. Then the greedy continuations of
-tests/fidelity.py. --parts rounds the reference's activations to int8 in groups of 32, first all and then the
-inputs of one kind of matrix at a time: what that alone costs. The reference, and what it is checked against:
-tests/fidelity.py, tests/test_quality.py.
+tests/fidelity.py. --parts rounds the reference's activations to int8 in groups of 32, all or the inputs of one
+kind of matrix, and in other ways that could be had: what that alone costs. The reference, and what it is
+checked against: tests/fidelity.py, tests/test_quality.py.
 
 The figures do not depend on the machine's speed. Any GGUF file of a llama-like model can stand in for the
 default one. Several minutes on 2 cores, 4 GiB.
@@ -21,8 +21,9 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,14 +50,8 @@ Results: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """Side -> text -> figure -> value."""
 
 STDLIB_SOURCES = ("argparse", "heapq", "json.decoder", "statistics", "textwrap", "difflib", "tarfile", "csv")
-PARTS = {
-    "all matrices": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),
-    "q, k, v": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate, up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-    "head": ("lm_head",),
-}
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+ALL = (*QKV, "o_proj", *GATE_UP, "down_proj", "lm_head")
 
 
 def stdlib_texts(llm: LLM, tokens: int) -> dict[str, list[list[int]]]:
@@ -128,21 +123,51 @@ def executor_side(executor: CpuExecutor) -> Side:
     return logits
 
 
-@contextmanager
-def rounded_activations(reference: fidelity.Reference, kinds: Sequence[str]) -> Iterator[None]:
-    """The inputs of these matrices in int8 with a scale for every row and 32 columns."""
+def to_int8(x: torch.Tensor, group: int = 32) -> torch.Tensor:
+    """x rounded to int8 with a scale for every row and group of columns. (..., K)"""
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    largest = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * (127 / largest)).nan_to_num(0.0).round()
+    return (codes * (largest / 127)).reshape(x.shape)
+
+
+def to_two_planes(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """As to_int8, but where amax^2 of a group is above threshold times its mean over the row's groups, what the
+    rounding left over is rounded to int8 as well and added."""
+    once = to_int8(x)
+    largest = x.reshape(*x.shape[:-1], -1, 32).abs().amax(-1).square()
+    chosen = largest > threshold * largest.mean(-1, keepdim=True)
+    return torch.where(chosen.repeat_interleave(32, -1), once + to_int8(x - once), once)
+
+
+ROUNDINGS: dict[str, tuple[Sequence[str], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "int8 into all matrices": (ALL, to_int8),
+    "int8 into q, k, v": (QKV, to_int8),
+    "int8 into o": (("o_proj",), to_int8),
+    "int8 into gate, up": (GATE_UP, to_int8),
+    "int8 into down": (("down_proj",), to_int8),
+    "int8 into head": (("lm_head",), to_int8),
+    "int8 in groups of 16": (ALL, partial(to_int8, group=16)),
+    "two planes above 4": (ALL, partial(to_two_planes, threshold=4.0)),
+    "two planes above 2": (ALL, partial(to_two_planes, threshold=2.0)),
+}
+
+
+def rounding_side(reference: fidelity.Reference, name: str) -> Side:
+    """The reference with the inputs of some matrices rounded."""
+    kinds, rounding = ROUNDINGS[name]
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        groups = inputs[0].reshape(*inputs[0].shape[:-1], -1, 32)
-        largest = groups.abs().amax(-1, keepdim=True)
-        codes = (groups * (127 / largest)).nan_to_num(0.0).round()
-        return ((codes * (largest / 127)).reshape(inputs[0].shape),)
+        return (rounding(inputs[0]),)
 
-    with ExitStack() as hooks:
-        for name, module in reference.model.named_modules():
-            if name.rpartition(".")[2] in kinds:
-                hooks.callback(module.register_forward_pre_hook(hook).remove)
-        yield
+    def logits(ids: Sequence[int]) -> torch.Tensor:
+        with ExitStack() as hooks:
+            for module_name, module in reference.model.named_modules():
+                if module_name.rpartition(".")[2] in kinds:
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
+            return reference.logits([ids])[0]
+
+    return logits
 
 
 # -- the table -----------------------------------------------------------------------------------------------
@@ -190,9 +215,8 @@ def main() -> None:
     reference = fidelity.Reference(path)
     with ExitStack() as stack:
         llm = stack.enter_context(LLM(path))
-        texts: dict[str, list[list[int]]] = fidelity.text_windows(llm)
-        if options.stdlib:
-            texts.update(stdlib_texts(llm, options.stdlib))
+        fixed = fidelity.text_windows(llm)
+        texts = {**fixed, **(stdlib_texts(llm, options.stdlib) if options.stdlib else {})}
         splits = fidelity.greedy_splits(llm, reference)
         print_splits(llm, splits)
         record["greedy"] = {prompt: split and dataclasses.asdict(split) for prompt, split in splits.items()}
@@ -210,8 +234,8 @@ def main() -> None:
             }
         record["results"] = compare(texts, plain, sides)
         if options.parts:
-            sides = {f"reference, int8 into {name}": _rounded(reference, PARTS[name]) for name in PARTS}
-            record["parts"] = compare(texts, plain, sides)
+            sides = {name: rounding_side(reference, name) for name in ROUNDINGS}
+            record["parts"] = compare(fixed, plain, sides)
     print()
     print_table({**record["results"], **record.get("parts", {})})
     if options.json:
@@ -220,14 +244,6 @@ def main() -> None:
 
 def _executor(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str) -> CpuExecutor:
     return CpuExecutor(checkpoint, spec, kv_cache_dtype=dtype, max_model_len=fidelity.WINDOW, max_num_seqs=1)
-
-
-def _rounded(reference: fidelity.Reference, kinds: Sequence[str]) -> Side:
-    def logits(ids: Sequence[int]) -> torch.Tensor:
-        with rounded_activations(reference, kinds):
-            return reference.logits([ids])[0]
-
-    return logits
 
 
 if __name__ == "__main__":

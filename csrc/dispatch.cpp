@@ -64,7 +64,8 @@ const Kernels& kernels_for(const std::string& name) {
     if (!entry.supported()) throw std::invalid_argument("FASTLLM_ISA: this CPU does not support " + name);
     return *entry.table;
   }
-  throw std::invalid_argument("FASTLLM_ISA: unknown instruction set " + name + ", known: " + joined(built_isas()));
+  throw std::invalid_argument("FASTLLM_ISA: unknown instruction set " + name +
+                              ", known: " + joined(built_isas()));
 }
 
 std::vector<std::string> built_isas() {

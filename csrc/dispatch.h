@@ -9,8 +9,8 @@
 
 namespace fastllm {
 
-// The table in use. First call decides; throws std::invalid_argument when FASTLLM_ISA names a set that is unknown or
-// that this machine cannot run.
+// The table in use. First call decides; throws std::invalid_argument when FASTLLM_ISA names a set that is
+// unknown or that this machine cannot run.
 const Kernels& kernels();
 
 // The table of one instruction set by name; throws std::invalid_argument as above.

@@ -356,7 +356,7 @@ class _Progress:
         self._bar: Any = None
         self._generated = 0
         if total > 0 and (wanted or (wanted is None and total > 1 and sys.stderr.isatty())):
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             bar = type("Bar", (tqdm,), {"monitor_interval": 0})  # without the thread that watches over bars
             delay = 0.0 if wanted else _BAR_DELAY

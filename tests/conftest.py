@@ -1,7 +1,7 @@
 """Hypothesis profiles and the fixtures that all tests share.
 
-FASTLLM_TEST_PROFILE=full runs ten times the examples, with fresh random ones each time; the default is the same
-few examples everywhere.
+FASTLLM_TEST_PROFILE=full runs ten times the examples, with fresh random ones each time; the default is the
+same few examples everywhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, settings
 from fastllm import _core
 from fastllm.formats.source import DEFAULT_MODEL, resolve
 
-settings.register_profile("ci", derandomize=True, max_examples=30, deadline=None, print_blob=True, database=None)
+settings.register_profile(
+    "ci", derandomize=True, max_examples=30, deadline=None, print_blob=True, database=None
+)
 settings.register_profile(
     "full", max_examples=300, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -125,8 +125,11 @@ class Reference:
 
 
 def reference_logprobs(reference: Reference, cut: Sequence[Sequence[int]]) -> list[Float64]:
-    """`Reference.logprobs` of every window. One thread for each of a few windows at a time, since threads that
-    share one window spend more time on waiting for each other where the machine is busy."""
+    """`Reference.logprobs` of every window.
+
+    A few windows at a time, a thread for each (torch's own threads are best set to one): threads that share a
+    window wait for each other at every operation, and for long where the machine is busy.
+    """
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 4)) as threads:
         return list(threads.map(reference.logprobs, cut))
 

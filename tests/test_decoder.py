@@ -30,7 +30,12 @@ Floats = npt.NDArray[np.float32]
 
 @contextmanager
 def executor(path: Path, **options: Any) -> Iterator[CpuExecutor]:
-    defaults: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 4, "kv_cache_dtype": "fp32", "threads": 2}
+    defaults: dict[str, Any] = {
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "kv_cache_dtype": "fp32",
+        "threads": 2,
+    }
     with open_checkpoint(path) as checkpoint:
         spec = spec_from_checkpoint(checkpoint)
         made = CpuExecutor(checkpoint, spec, **{**defaults, **options})
@@ -57,9 +62,7 @@ VARIANTS = [("hf", v) for v in tiny.VARIANTS] + [("gguf", v) for v in tiny.GGUF_
 @pytest.mark.parametrize(("kind", "variant"), VARIANTS)
 def test_agrees_with_transformers(kind: str, variant: str, tmp_path: Path) -> None:
     model = tiny.make_model(variant)
-    path = (
-        tiny.save_hf(model, tmp_path) if kind == "hf" else tiny.save_gguf(model, tmp_path / "model.gguf")
-    )
+    path = tiny.save_hf(model, tmp_path) if kind == "hf" else tiny.save_gguf(model, tmp_path / "model.gguf")
     tokens = tiny.tokens(90)  # more than one tile of the attention fold
     with executor(path) as made:
         assert_close(all_logits(made, tokens), tiny.logits(model, tokens), 1e-4)
@@ -69,9 +72,9 @@ def test_agrees_with_transformers(kind: str, variant: str, tmp_path: Path) -> No
 def test_quantized_files_stay_near_their_dequantized_weights(dtype: str, tmp_path: Path) -> None:
     """What is lost is the rounding of activations to 8 bits, nothing of the file's precision.
 
-    That rounding is 0.6 % of a row's root mean square per product (normal values, 32 to a group); these random
-    layers add up and amplify it to 2 or 3 % of the logits. A code, scale or minimum in the wrong place gives
-    100 %; that the products themselves are exact is test_kernels' part.
+    That rounding is 0.6 % of a row's root mean square per product (normal values, 32 to a group); these
+    random layers add up and amplify it to 2 or 3 % of the logits. A code, scale or minimum in the wrong place
+    gives 100 %; that the products themselves are exact is test_kernels' part.
     """
     model = tiny.make_model("llama", **tiny.WIDE)
     path = tiny.save_gguf(model, tmp_path / "model.gguf", dtype=dtype)
@@ -236,7 +239,9 @@ def test_any_arrangement_gives_the_same_bits(
             for s, chunk in zip(which, chunks, strict=True):
                 count = len(chunk.tokens)
                 expected = alone[s][done[s] : done[s] + count]
-                np.testing.assert_array_equal(logits[row : row + count].view(np.int32), expected.view(np.int32))
+                np.testing.assert_array_equal(
+                    logits[row : row + count].view(np.int32), expected.view(np.int32)
+                )
                 row += count
                 done[s] += count
 

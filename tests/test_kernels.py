@@ -1,4 +1,4 @@
-"""Every kernel against the float64 oracle, on every instruction set of the machine, with equal bits among them.
+"""Every kernel against the float64 oracle, on every instruction set of the machine, with equal bits.
 
 The attention kernels and the sampler have files of their own.
 """
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import strategies
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastllm import _core, reference
 from fastllm.errors import RequestError
@@ -88,7 +89,9 @@ def test_matmul_rows_are_independent(
 @given(st.data(), st.sampled_from((4, 8)), st.sampled_from((16, 32, 64, 128)))
 def test_matmul_of_own_quantization(data: st.DataObject, bits: int, group: int) -> None:
     rows, columns, m = data.draw(strategies.sizes(1, 40)), data.draw(strategies.sizes(1, 300)), 5
-    weights = data.draw(strategies.floats(rows, columns, patterns=("normal", "uniform", "outliers", "sparse")))
+    weights = data.draw(
+        strategies.floats(rows, columns, patterns=("normal", "uniform", "outliers", "sparse"))
+    )
     x = data.draw(strategies.floats(m, columns, patterns=("normal", "outliers")))
     packed = _core.PackedMatrix.quantize(weights, bits, group)
     got = same_on_all(lambda isa: _core.matmul(x, packed, isa=isa, threads=1))
@@ -124,7 +127,7 @@ def test_quantize_rows(data: st.DataObject) -> None:
 def test_quantize_rows_keeps_what_is_not_a_number_visible(isa: str, bad: float) -> None:
     x = np.ones((2, 96), dtype=np.float32)
     x[1, 40] = bad
-    q, scale = _core.quantize_rows(x, isa=isa)
+    _q, scale = _core.quantize_rows(x, isa=isa)
     assert np.isnan(scale[1]).tolist() == [False, True, False]
     assert np.isfinite(scale[0]).all()
     packed = _core.PackedMatrix.quantize(np.ones((16, 96), dtype=np.float32), 8, 32)

@@ -1,9 +1,9 @@
-"""One answer: the same request gives the same bits alone, batched, chunked, preempted, on any number of threads and
-with every instruction set of the machine. On the default model, through the public API.
+"""One answer: the same request gives the same bits alone, batched, chunked, preempted, on any number of
+threads and with every instruction set of the machine. On the default model, through the public API.
 
-What is compared is the token ids together with the bits of their log-probabilities, which change with any bit of
-the logits. tests/test_decoder.py compares the logits themselves on other models; .ci/full repeats a short run
-under an emulator of older processors.
+What is compared is the token ids together with the bits of their log-probabilities, which change with any bit
+of the logits. tests/test_decoder.py compares the logits themselves on other models; .ci/full repeats a short
+run under an emulator of older processors.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def fingerprint(output: RequestOutput) -> list[tuple[int, list[tuple[int, int]]]
 def alone(default_model_path: Path) -> list[Any]:
     """64 answers, each from a request that had the engine to itself, on one thread."""
     with LLM(default_model_path, max_model_len=512, threads=1) as llm:
-        return [
-            fingerprint(llm.generate(prompt, params(i))[0]) for i, prompt in enumerate(prompts(64))
-        ]
+        return [fingerprint(llm.generate(prompt, params(i))[0]) for i, prompt in enumerate(prompts(64))]
 
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {

@@ -1,5 +1,5 @@
-// Checking arrays at the boundary, once: dtype, layout and a shape with named sizes that must agree across the
-// arguments of a call.
+// Checking arrays at the boundary, once: dtype, layout and a shape with named sizes that must agree across
+// the arguments of a call.
 //
 //   Shapes shapes("matmul");
 //   const float* x = shapes.in<float>(array, "x", {"M", "K"});     // binds M and K
@@ -71,7 +71,8 @@ class Shapes {
 
   static std::string describe(const pybind11::handle& value) {
     namespace py = pybind11;
-    if (!py::isinstance<py::array>(value)) return std::string(py::str(py::type::handle_of(value).attr("__name__")));
+    if (!py::isinstance<py::array>(value))
+      return std::string(py::str(py::type::handle_of(value).attr("__name__")));
     const auto array = py::reinterpret_borrow<py::array>(value);
     std::string text = std::string(py::str(array.dtype())) + " " + std::string(py::str(array.attr("shape")));
     if (!(array.flags() & py::array::c_style)) text += ", not C-contiguous";

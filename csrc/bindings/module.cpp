@@ -5,7 +5,8 @@
 #include "bindings/register.h"
 
 PYBIND11_MODULE(_core, module) {
-  module.doc() = "The compiled core of fastllm: kernels, packed weights, decoder. Arguments are checked here, once.";
+  module.doc() =
+      "The compiled core of fastllm: kernels, packed weights, decoder. Arguments are checked here, once.";
   fastllm::register_errors(module);
   fastllm::register_runtime(module);
   fastllm::register_packed(module);

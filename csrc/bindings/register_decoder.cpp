@@ -34,9 +34,11 @@ T read(const py::dict& spec, const char* key) {
 std::vector<double> inverse_frequencies(double base, std::int64_t rotary, double linear,
                                         const std::vector<double>& factors) {
   if (!factors.empty() && factors.size() != static_cast<std::size_t>(rotary / 2))
-    throw ArgumentError("spec: rope_factors", std::to_string(factors.size()) + " values", "rotary_dim / 2 or none");
+    throw ArgumentError("spec: rope_factors", std::to_string(factors.size()) + " values",
+                        "rotary_dim / 2 or none");
   std::vector<double> frequencies(static_cast<std::size_t>(rotary / 2));
-  rope_inverse_frequencies(base, rotary, linear, factors.empty() ? nullptr : factors.data(), frequencies.data());
+  rope_inverse_frequencies(base, rotary, linear, factors.empty() ? nullptr : factors.data(),
+                           frequencies.data());
   return frequencies;
 }
 
@@ -59,7 +61,8 @@ DecoderConfig read_spec(const py::dict& spec) {
   c.post_norms = read<bool>(spec, "post_norms");
   const auto activation = read<std::string>(spec, "activation");
   c.activation = activation == "silu" ? Activation::silu : Activation::gelu_tanh;
-  if (activation != "silu" && activation != "gelu_tanh") refuse("activation", activation, "silu or gelu_tanh");
+  if (activation != "silu" && activation != "gelu_tanh")
+    refuse("activation", activation, "silu or gelu_tanh");
   if (!read<bool>(spec, "pre_norms")) refuse("pre_norms", "False", "True");
   if (!read<bool>(spec, "gated_mlp")) refuse("gated_mlp", "False", "True");
   if (read<bool>(spec, "position_embeddings")) refuse("position_embeddings", "True", "False");
@@ -72,7 +75,8 @@ DecoderConfig read_spec(const py::dict& spec) {
   const auto window = read<std::int32_t>(spec, "sliding_window");
   const auto layers = read<std::vector<bool>>(spec, "sliding_layers");
   for (std::int64_t i = 0; i < c.num_layers; ++i) {
-    const bool slides = window > 0 && static_cast<std::size_t>(i) < layers.size() && layers[static_cast<std::size_t>(i)];
+    const bool slides =
+        window > 0 && static_cast<std::size_t>(i) < layers.size() && layers[static_cast<std::size_t>(i)];
     c.windows.push_back(slides ? window : 0);
   }
   c.attention_scale = read<float>(spec, "attention_scale");
@@ -96,8 +100,8 @@ void check_block_size(std::int32_t block_size) {
 }
 
 // Every value of an index array lies in [low, high).
-void check_range(const Shapes& shapes, const char* name, const std::int32_t* values, std::int64_t n, std::int64_t low,
-                 std::int64_t high) {
+void check_range(const Shapes& shapes, const char* name, const std::int32_t* values, std::int64_t n,
+                 std::int64_t low, std::int64_t high) {
   for (std::int64_t i = 0; i < n; ++i)
     if (values[i] < low || values[i] >= high)
       shapes.fail(name, std::to_string(values[i]) + " at index " + std::to_string(i),
@@ -109,7 +113,8 @@ void check_offsets(const Shapes& shapes, const char* name, const std::int32_t* s
                    std::int64_t entries) {
   bool right = start[0] == 0 && start[rows] == entries;
   for (std::int64_t r = 0; r < rows; ++r) right = right && start[r] <= start[r + 1];
-  if (!right) shapes.fail(name, "offsets that do not", "ascending offsets from 0 to " + std::to_string(entries));
+  if (!right)
+    shapes.fail(name, "offsets that do not", "ascending offsets from 0 to " + std::to_string(entries));
 }
 
 class DecoderHandle {
@@ -189,7 +194,8 @@ class DecoderHandle {
 
  private:
   static int check_threads(int threads) {
-    if (threads < 0 || threads > 1024) throw ArgumentError("threads", std::to_string(threads), "0 (all) to 1024");
+    if (threads < 0 || threads > 1024)
+      throw ArgumentError("threads", std::to_string(threads), "0 (all) to 1024");
     return threads;
   }
 
@@ -224,12 +230,14 @@ class DecoderHandle {
 }  // namespace
 
 void register_decoder(py::module_& module) {
-  py::class_<DecoderHandle>(module, "Decoder", R"(A decoder with its weights and its paged KV cache, on the CPU.
+  py::class_<DecoderHandle>(module, "Decoder",
+                            R"(A decoder with its weights and its paged KV cache, on the CPU.
 
 Made from DecoderSpec.as_dict(); weights are set slot by slot (fastllm/models/slots.py), then step() runs StepBatches.
 Not for several threads at once.)")
       .def(py::init<const py::dict&, int>(), py::arg("spec"), py::arg("threads") = 0,
-           "threads: 0 takes all available processors.\n\nRaises:\n    RequestError: a value that this decoder does not "
+           "threads: 0 takes all available processors.\n\nRaises:\n    RequestError: a value that this "
+           "decoder does not "
            "support.")
       .def(
           "set",
@@ -245,8 +253,9 @@ Not for several threads at once.)")
           py::arg("slot"), py::arg("layer"), py::arg("weights"),
           "Sets one weight: a PackedMatrix, or a float32 vector. layer is -1 outside the layers.\n\nRaises:\n"
           "    RequestError: no such slot, or another shape than the spec's.")
-      .def("check_complete", [](const DecoderHandle& self) { self.decoder().check_complete(); },
-           "Raises RequestError naming a slot that was not set.")
+      .def(
+          "check_complete", [](const DecoderHandle& self) { self.decoder().check_complete(); },
+          "Raises RequestError naming a slot that was not set.")
       .def(
           "allocate_kv",
           [](DecoderHandle& self, std::int64_t blocks, std::int32_t block_size, const std::string& dtype) {
@@ -256,22 +265,30 @@ Not for several threads at once.)")
             self.decoder().allocate_kv(blocks, block_size, kv_type(dtype));
           },
           py::arg("blocks"), py::arg("block_size"), py::arg("dtype"),
-          "Makes the KV cache: fp32, fp16, bf16 or int8; blocks of 16, 32 or 64 positions. Contents are lost.")
-      .def("kv_bytes_per_block",
-           [](const DecoderHandle& self, std::int32_t block_size, const std::string& dtype) {
-             check_block_size(block_size);
-             return Decoder::kv_bytes_per_block(self.decoder().config(), block_size, kv_type(dtype));
-           },
-           py::arg("block_size"), py::arg("dtype"), "Bytes that one block takes over all layers, K and V.")
+          "Makes the KV cache: fp32, fp16, bf16 or int8; blocks of 16, 32 or 64 positions. Contents are "
+          "lost.")
+      .def(
+          "kv_bytes_per_block",
+          [](const DecoderHandle& self, std::int32_t block_size, const std::string& dtype) {
+            check_block_size(block_size);
+            return Decoder::kv_bytes_per_block(self.decoder().config(), block_size, kv_type(dtype));
+          },
+          py::arg("block_size"), py::arg("dtype"), "Bytes that one block takes over all layers, K and V.")
       .def("step", &DecoderHandle::step, py::arg("batch"), py::arg("logits") = false,
-           "Runs one StepBatch (see fastllm/executor/base.py). Returns a dict with the arrays of StepResult, and under "
-           "'logits' the raw logits, float32 (R, V), when asked for.\n\nRaises:\n    RequestError: an array of the "
+           "Runs one StepBatch (see fastllm/executor/base.py). Returns a dict with the arrays of StepResult, "
+           "and under "
+           "'logits' the raw logits, float32 (R, V), when asked for.\n\nRaises:\n    RequestError: an array "
+           "of the "
            "wrong dtype or shape, or an index out of range; nothing was computed then.")
-      .def("close", [](DecoderHandle& self) { self.close(); }, "Frees weights and KV cache; no step afterwards.")
+      .def(
+          "close", [](DecoderHandle& self) { self.close(); },
+          "Frees weights and KV cache; no step afterwards.")
       .def_property_readonly("threads", [](const DecoderHandle& self) { return self.decoder().threads(); })
-      .def_property_readonly("weight_bytes", [](const DecoderHandle& self) { return self.decoder().weight_bytes(); },
-                             "Bytes of all packed matrices.")
-      .def_property_readonly("kv_blocks", [](const DecoderHandle& self) { return self.decoder().kv_blocks(); });
+      .def_property_readonly(
+          "weight_bytes", [](const DecoderHandle& self) { return self.decoder().weight_bytes(); },
+          "Bytes of all packed matrices.")
+      .def_property_readonly("kv_blocks",
+                             [](const DecoderHandle& self) { return self.decoder().kv_blocks(); });
 }
 
 }  // namespace fastllm

@@ -1,5 +1,5 @@
-// The kernels on NumPy arrays, for tests and for people who want only them (fastllm.ops is their public face). Each takes
-// `isa`, the instruction set to run on, "" for the one in use.
+// The kernels on NumPy arrays, for tests and for people who want only them (fastllm.ops is their public
+// face). Each takes `isa`, the instruction set to run on, "" for the one in use.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -34,7 +34,8 @@ ThreadPool& pool_of(int threads) {
 }
 
 void check_threads(int threads) {
-  if (threads < 0 || threads > 1024) raise_request_error("threads", std::to_string(threads), "0 (all) to 1024");
+  if (threads < 0 || threads > 1024)
+    raise_request_error("threads", std::to_string(threads), "0 (all) to 1024");
 }
 
 // Quantized activations in one allocation.
@@ -51,8 +52,12 @@ struct QuantizedBuffer {
     fsums32 = AlignedBuffer(n / 32 * 4);
     sums16 = AlignedBuffer(n / 16 * 4);
     fsums16 = AlignedBuffer(n / 16 * 4);
-    rows = {q.as<std::int8_t>(),        scale.as<float>(),    sums16.as<std::int32_t>(),
-            sums32.as<std::int32_t>(), fsums16.as<float>(), fsums32.as<float>(),
+    rows = {q.as<std::int8_t>(),
+            scale.as<float>(),
+            sums16.as<std::int32_t>(),
+            sums32.as<std::int32_t>(),
+            fsums16.as<float>(),
+            fsums32.as<float>(),
             kp};
   }
 };
@@ -119,7 +124,8 @@ Floats embedding(const PackedMatrix& w, const py::object& ids, const std::string
   const Kernels& kernels = table(isa);
   Floats result({count, w.cols});
   const PackedView view = w.view();
-  for (std::int64_t t = 0; t < count; ++t) kernels.unpack_row(&view, rows[t], result.mutable_data() + t * w.cols);
+  for (std::int64_t t = 0; t < count; ++t)
+    kernels.unpack_row(&view, rows[t], result.mutable_data() + t * w.cols);
   return result;
 }
 
@@ -151,7 +157,8 @@ Floats rope(const py::object& x, const py::object& cos, const py::object& sin, c
   const float* c = shapes.in<float>(cos, "cos", {"T", "R/2"});
   const float* s = shapes.in<float>(sin, "sin", {"T", "R/2"});
   const std::int64_t t = shapes["T"], h = shapes["H"], d = shapes["D"], half = shapes["R/2"];
-  if (2 * half > d) shapes.fail("cos", Shapes::describe(cos), "at most D/2 = " + std::to_string(d / 2) + " pairs");
+  if (2 * half > d)
+    shapes.fail("cos", Shapes::describe(cos), "at most D/2 = " + std::to_string(d / 2) + " pairs");
   Floats y({t, h, d});
   std::memcpy(y.mutable_data(), in, static_cast<std::size_t>(t * h * d) * sizeof(float));
   table(isa).rope(y.mutable_data(), h * d, t, h, d, 2 * half, c, s);
@@ -192,17 +199,20 @@ Floats softcap(const py::object& x, float cap, const std::string& isa) {
 }  // namespace
 
 void register_ops(py::module_& module) {
-  module.def("quantize_rows", &quantize_rows, py::arg("x"), py::arg("isa") = "",
-             "x: float32 (M, K). Returns int8 (M, kp) and float32 scales (M, kp/32), kp = K rounded up to 32.");
-  module.def("matmul", &matmul, py::arg("x"), py::arg("w"), py::arg("residual") = py::none(), py::arg("isa") = "",
-             py::arg("threads") = 0,
-             "x: float32 (M, K); w: PackedMatrix (N, K); residual: float32 (M, N) or None. Returns x w^T + residual.");
+  module.def(
+      "quantize_rows", &quantize_rows, py::arg("x"), py::arg("isa") = "",
+      "x: float32 (M, K). Returns int8 (M, kp) and float32 scales (M, kp/32), kp = K rounded up to 32.");
+  module.def("matmul", &matmul, py::arg("x"), py::arg("w"), py::arg("residual") = py::none(),
+             py::arg("isa") = "", py::arg("threads") = 0,
+             "x: float32 (M, K); w: PackedMatrix (N, K); residual: float32 (M, N) or None. Returns x w^T + "
+             "residual.");
   module.def("embedding", &embedding, py::arg("w"), py::arg("ids"), py::arg("isa") = "",
              "Rows ids (int32 (T,)) of w (N, K), exactly as their format decodes them: float32 (T, K).");
   module.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("isa") = "",
              "x / sqrt(mean(x^2) + eps) * weight for each row. x: float32 (M, D), weight: (D,).");
   module.def("layer_norm", &layer_norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"),
-             py::arg("isa") = "", "(x - mean) / sqrt(var + eps) * weight + bias for each row. x: float32 (M, D).");
+             py::arg("isa") = "",
+             "(x - mean) / sqrt(var + eps) * weight + bias for each row. x: float32 (M, D).");
   module.def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("isa") = "",
              "Rotates pairs (i, i + R/2) of each head. x: float32 (T, H, D); cos, sin: (T, R/2), R <= D.");
   module.def(
@@ -217,8 +227,10 @@ void register_ops(py::module_& module) {
         return gated("gelu_tanh_mul", &Kernels::gelu_tanh_mul, a, b, isa);
       },
       py::arg("gate"), py::arg("up"), py::arg("isa") = "", "gelu_tanh(gate) * up, float32 (M, N) each.");
-  module.def("exp", &exp_values, py::arg("x"), py::arg("isa") = "", "exp of float32 (N,) to about one unit in the last place.");
-  module.def("softcap", &softcap, py::arg("x"), py::arg("cap"), py::arg("isa") = "", "cap * tanh(x / cap), float32 (N,).");
+  module.def("exp", &exp_values, py::arg("x"), py::arg("isa") = "",
+             "exp of float32 (N,) to about one unit in the last place.");
+  module.def("softcap", &softcap, py::arg("x"), py::arg("cap"), py::arg("isa") = "",
+             "cap * tanh(x / cap), float32 (N,).");
 }
 
 }  // namespace fastllm

@@ -95,8 +95,7 @@ SampleArrays read_sample_arrays(Shapes& shapes, const py::handle& batch, std::in
   check_range(shapes, "top_k", a.top_k, rows, 0, INT32_MAX);
   check_each(
       shapes, "top_p", a.top_p, rows, [](float v) { return v > 0 && v <= 1; }, "values above 0, at most 1");
-  check_each(
-      shapes, "min_p", a.min_p, rows, [](float v) { return v >= 0 && v <= 1; }, "values from 0 to 1");
+  check_each(shapes, "min_p", a.min_p, rows, [](float v) { return v >= 0 && v <= 1; }, "values from 0 to 1");
   check_each(shapes, "presence", a.presence, rows, finite, "finite values");
   check_each(shapes, "frequency", a.frequency, rows, finite, "finite values");
   check_each(

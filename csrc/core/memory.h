@@ -60,8 +60,8 @@ class AlignedBuffer {
   std::size_t size_ = 0;
 };
 
-// Anonymous pages straight from the kernel: zero until written, resident only once touched, and given back whole when
-// the owner goes.
+// Anonymous pages straight from the kernel: zero until written, resident only once touched, and given back
+// whole when the owner goes.
 class MappedBuffer {
  public:
   MappedBuffer() = default;

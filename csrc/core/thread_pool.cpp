@@ -31,8 +31,9 @@ class FloatMode {
   unsigned saved_;
 };
 
-// Waits until value != old: spins for about `spin_us` microseconds, then sleeps. From the second round of spins on the
-// processor is offered to others: when there are more threads than processors, the one waited for may need it.
+// Waits until value != old: spins for about `spin_us` microseconds, then sleeps. From the second round of
+// spins on the processor is offered to others: when there are more threads than processors, the one waited
+// for may need it.
 void wait_change(std::atomic<std::uint32_t>& value, std::uint32_t old, int spin_us) {
   using Clock = std::chrono::steady_clock;
   const auto deadline = Clock::now() + std::chrono::microseconds(spin_us);
@@ -79,7 +80,8 @@ double quota_processors() {
         if (path.size() <= 1) break;
         path.resize(path.rfind('/') == 0 ? 1 : path.rfind('/'));
       }
-    } else if (controllers.find("cpu") != std::string::npos && controllers.find("cpuset") == std::string::npos) {
+    } else if (controllers.find("cpu") != std::string::npos &&
+               controllers.find("cpuset") == std::string::npos) {
       for (const std::string& base : {"/sys/fs/cgroup/cpu" + path, std::string("/sys/fs/cgroup/cpu")}) {
         const double quota = read_number(base + "/cpu.cfs_quota_us", -1);
         const double period = read_number(base + "/cpu.cfs_period_us", 0);

@@ -5,14 +5,14 @@
 //                        ▲                          │
 //                        └────────── run() ─────────┘
 //
-// A forward pass is one run(): every thread walks through all phases and meets the others at barriers, so a phase
-// costs one barrier (well under a microsecond when all threads have a core) and no wake-up. Work inside a phase is
-// handed out in chunks from a shared counter: which thread computes what never changes a bit of the result, and a
-// thread that its neighbours slow down takes less.
+// A forward pass is one run(): every thread walks through all phases and meets the others at barriers, so a
+// phase costs one barrier (well under a microsecond when all threads have a core) and no wake-up. Work inside
+// a phase is handed out in chunks from a shared counter: which thread computes what never changes a bit of
+// the result, and a thread that its neighbours slow down takes less.
 //
-// Threads that wait spin briefly, then sleep in the kernel: an idle pool uses no processor time. The pool survives
-// fork(): the child starts new threads at its first run(). Each thread sets the rounding and denormal mode that the
-// kernels rely on, and the caller's is restored afterwards.
+// Threads that wait spin briefly, then sleep in the kernel: an idle pool uses no processor time. The pool
+// survives fork(): the child starts new threads at its first run(). Each thread sets the rounding and
+// denormal mode that the kernels rely on, and the caller's is restored afterwards.
 #pragma once
 
 #include <atomic>
@@ -37,8 +37,8 @@ class ThreadPool {
 
   int size() const { return threads_; }
 
-  // Calls work(team, thread) on every thread, 0 <= thread < size(), and returns when all have returned. `work` must not
-  // throw. Calls from several threads take turns.
+  // Calls work(team, thread) on every thread, 0 <= thread < size(), and returns when all have returned.
+  // `work` must not throw. Calls from several threads take turns.
   void run(const std::function<void(Team&, int)>& work);
 
  private:
@@ -62,8 +62,8 @@ class Team {
   // Returns when all threads have called it.
   void barrier();
 
-  // Calls f(begin, end) for chunks that cover [0, n), each on some thread; every thread of the team calls this with
-  // the same arguments. Returns when all chunks are done on all threads.
+  // Calls f(begin, end) for chunks that cover [0, n), each on some thread; every thread of the team calls
+  // this with the same arguments. Returns when all chunks are done on all threads.
   template <typename F>
   void for_each(std::int64_t n, std::int64_t chunk, F&& f) {
     // Counters rotate: the one two phases ahead is reset here, when nobody can be using it.
@@ -83,7 +83,9 @@ class Team {
     std::atomic<std::int64_t> value{0};
   };
 
-  int phase_of_this_thread() const { return static_cast<int>(generation_.load(std::memory_order_relaxed) % kCounters); }
+  int phase_of_this_thread() const {
+    return static_cast<int>(generation_.load(std::memory_order_relaxed) % kCounters);
+  }
 
   int threads_;
   Counter counters_[kCounters];

@@ -287,19 +287,19 @@ void attention(const KvView* kv, const AttentionTask* task, float* scratch_memor
     }
     const int64_t tiles = (task->first_position + end - 1) / kKvTile + 1;
     for (int64_t index = attention_first_position(task, begin) / kKvTile; index < tiles; ++index) {
-      compute_tile(
-          kv, task, index, begin, end, scratch,
-          [&](int64_t row, int count, const float* maximums,
-              const float* sums) __attribute__((always_inline)) {
-            const float* from[kAttentionTileRows];
-            float* to[kAttentionTileRows];
-            for (int r = 0; r < count; ++r) {
-              from[r] = scratch.outputs + r * head_dim;
-              to[r] = output_of(task, head_dim, row + r);
-            }
-            const int64_t at = row - first_row;
-            merge_rows(count, head_dim, maximums, sums, from, scratch.maximums + at, scratch.sums + at, to);
-          });
+      compute_tile(kv, task, index, begin, end, scratch,
+                   [&](int64_t row, int count, const float* maximums, const float* sums)
+                       __attribute__((always_inline)) {
+                         const float* from[kAttentionTileRows];
+                         float* to[kAttentionTileRows];
+                         for (int r = 0; r < count; ++r) {
+                           from[r] = scratch.outputs + r * head_dim;
+                           to[r] = output_of(task, head_dim, row + r);
+                         }
+                         const int64_t at = row - first_row;
+                         merge_rows(count, head_dim, maximums, sums, from, scratch.maximums + at,
+                                    scratch.sums + at, to);
+                       });
     }
     for (int64_t r = 0; r < rows; ++r)
       finish(output_of(task, head_dim, first_row + r), head_dim, scratch.sums[r]);
@@ -317,18 +317,17 @@ void attention_tiles(const KvView* kv, const AttentionTask* task, int64_t tile_b
     float* records = partials + (index - tile_begin) * rows * record;
     for (int64_t r = 0; r < rows; ++r) records[r * record + 1] = 0.0f;  // sum 0: takes no part
     for (int64_t begin = 0; begin < task->queries; begin += step) {
-      compute_tile(
-          kv, task, index, begin, min_of(begin + step, task->queries), scratch,
-          [&](int64_t row, int count, const float* maximums, const float* sums)
-              __attribute__((always_inline)) {
-                for (int r = 0; r < count; ++r) {
-                  float* to = records + (row + r) * record;
-                  to[0] = maximums[r];
-                  to[1] = sums[r];
-                  const float* o = scratch.outputs + r * head_dim;
-                  for (int64_t d = 0; d < head_dim; d += 16) store(to + 2 + d, load(o + d));
-                }
-              });
+      compute_tile(kv, task, index, begin, min_of(begin + step, task->queries), scratch,
+                   [&](int64_t row, int count, const float* maximums, const float* sums)
+                       __attribute__((always_inline)) {
+                         for (int r = 0; r < count; ++r) {
+                           float* to = records + (row + r) * record;
+                           to[0] = maximums[r];
+                           to[1] = sums[r];
+                           const float* o = scratch.outputs + r * head_dim;
+                           for (int64_t d = 0; d < head_dim; d += 16) store(to + 2 + d, load(o + d));
+                         }
+                       });
     }
   }
 }

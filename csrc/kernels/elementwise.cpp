@@ -1,5 +1,5 @@
-// Elementwise ops: SiLU and GELU gates, addition, soft-cap, exp. Each is one pass; the gates cost one exp and one
-// division per 16 values.
+// Elementwise ops: SiLU and GELU gates, addition, soft-cap, exp. Each is one pass; the gates cost one exp and
+// one division per 16 values.
 #include "kernels/ops.h"
 #include "kernels/simd/math.h"
 
@@ -38,8 +38,9 @@ void add_vectors(const float* x, const float* y, float* out, int64_t n) {
 }
 
 void softcap(float* x, float cap, int64_t n) {
-  map(x, x, x, n,
-      [cap](f32x16 a, f32x16) __attribute__((always_inline)) { return mul(tanh(div(a, set1(cap))), set1(cap)); });
+  map(x, x, x, n, [cap](f32x16 a, f32x16) __attribute__((always_inline)) {
+    return mul(tanh(div(a, set1(cap))), set1(cap));
+  });
 }
 
 void exp_values(const float* x, float* y, int64_t n) {

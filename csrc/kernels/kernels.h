@@ -24,9 +24,11 @@ constexpr int kKvTile = 64;           // positions in one tile of the attention 
 //        k = 8*l + j, in its high nibble the one for k = 8*l + 4 + j (n < 16, j < 4).
 //   u5   as u4, plus extra: (panels, kp/32, 64): bit q of byte 4*n+j of line l is bit 4 of the code for
 //        k = 32*l + 4*q + j (q < 8).
-//   u6   as u4, plus extra: (panels, kp/16, 64): bits 2q, 2q+1 of byte 4*n+j of line l are bits 4, 5 of the code
+//   u6   as u4, plus extra: (panels, kp/16, 64): bits 2q, 2q+1 of byte 4*n+j of line l are bits 4, 5 of the
+//   code
 //        for k = 16*l + 4*q + j (q < 4).
-//   u8   codes: (panels, kp/4, 64): byte 4*n+j of line l is column n's code for k = 4*l + j. A signed byte w is
+//   u8   codes: (panels, kp/4, 64): byte 4*n+j of line l is column n's code for k = 4*l + j. A signed byte w
+//   is
 //        stored as w + 128 with zero = 128.
 //   f16, bf16, f32   codes: (panels, K, 16) values of that type.
 enum class Codes : uint8_t { u4, u5, u6, u8, f16, bf16, f32 };
@@ -54,15 +56,15 @@ struct PackedView {
   Codes kind;
 };
 
-// Quantized activations: x[m, k] ~ scale[m, k/32] * q[m, k]. A group that holds a NaN or an infinity has scale NaN and
-// codes 0, so that it stays visible.
+// Quantized activations: x[m, k] ~ scale[m, k/32] * q[m, k]. A group that holds a NaN or an infinity has
+// scale NaN and codes 0, so that it stays visible.
 struct QuantizedRows {
-  int8_t* q;         // (M, kp), in [-127, 127], 0 past K
-  float* scale;      // (M, kp/32)
-  int32_t* sums16;   // (M, kp/16): minus the sum of q over 16 columns
-  int32_t* sums32;   // (M, kp/32): minus the sum of q over 32 columns
-  float* fsums16;    // (M, kp/16): scale * sum of q, what a minimum is multiplied by
-  float* fsums32;    // (M, kp/32)
+  int8_t* q;        // (M, kp), in [-127, 127], 0 past K
+  float* scale;     // (M, kp/32)
+  int32_t* sums16;  // (M, kp/16): minus the sum of q over 16 columns
+  int32_t* sums32;  // (M, kp/32): minus the sum of q over 32 columns
+  float* fsums16;   // (M, kp/16): scale * sum of q, what a minimum is multiplied by
+  float* fsums32;   // (M, kp/32)
   int64_t kp;
 
   // Inlined by force, as the function below is static: no instruction set's copy may stand in for another's.
@@ -97,21 +99,22 @@ struct KvView {
 struct AttentionTask {
   const float* q;
   float* out;
-  int64_t q_stride;    // floats between two queries
+  int64_t q_stride;  // floats between two queries
   int64_t out_stride;
   const int32_t* block_table;
   int32_t queries;
-  int32_t group;       // query heads per KV head
+  int32_t group;  // query heads per KV head
   int32_t kv_head;
   int32_t first_position;
   int32_t window;
-  float scale;         // of the scores, before the soft-cap
-  float softcap;       // 0: none; else s -> softcap * tanh(s / softcap)
+  float scale;    // of the scores, before the soft-cap
+  float softcap;  // 0: none; else s -> softcap * tanh(s / softcap)
 };
 
 // Partial result of one tile for one query head: maximum, sum, output[head_dim]; see attention.cpp.
-// attention_tiles writes (tile_end - tile_begin) * queries * group records of (2 + head_dim) floats each, ordered
-// (tile, query, head); attention_merge folds them, ascending, into out. attention does both without storing.
+// attention_tiles writes (tile_end - tile_begin) * queries * group records of (2 + head_dim) floats each,
+// ordered (tile, query, head); attention_merge folds them, ascending, into out. attention does both without
+// storing.
 
 struct Kernels {
   const char* name;
@@ -119,8 +122,8 @@ struct Kernels {
   // q = round(x * 127 / amax) per row and group of 32; zero rows give scale 0. x: (rows, ldx).
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t rows, int64_t k, const QuantizedRows* out);
 
-  // y[m, n] (+)= sum_k w[n, k] x[m, k] for the panels [panel_begin, panel_end); y: (rows, ldy), column n at y[n].
-  // `scratch` holds at least matmul_scratch_bytes(w), 64-byte aligned. accumulate: add to what y holds.
+  // y[m, n] (+)= sum_k w[n, k] x[m, k] for the panels [panel_begin, panel_end); y: (rows, ldy), column n at
+  // y[n]. `scratch` holds at least matmul_scratch_bytes(w), 64-byte aligned. accumulate: add to what y holds.
   void (*matmul_q)(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
                    int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch);
   void (*matmul_f)(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
@@ -130,11 +133,11 @@ struct Kernels {
   void (*unpack_row)(const PackedView* w, int64_t row, float* out);
 
   // y = x / sqrt(mean(x^2) + eps) * weight; y may be x.
-  void (*rms_norm)(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t dim, float* y,
-                   int64_t ldy);
+  void (*rms_norm)(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t dim,
+                   float* y, int64_t ldy);
   // y = (x - mean) / sqrt(var + eps) * weight + bias; bias may be null; y may be x.
-  void (*layer_norm)(const float* x, int64_t ldx, const float* weight, const float* bias, float eps, int64_t rows,
-                     int64_t dim, float* y, int64_t ldy);
+  void (*layer_norm)(const float* x, int64_t ldx, const float* weight, const float* bias, float eps,
+                     int64_t rows, int64_t dim, float* y, int64_t ldy);
   // Rotates, in place, `heads` heads of head_dim in each row: pairs (i, i + rotary/2), i < rotary/2.
   // cos, sin: (rows, rotary/2). x: (rows, ldx).
   void (*rope)(float* x, int64_t ldx, int64_t rows, int64_t heads, int64_t head_dim, int64_t rotary,
@@ -161,7 +164,8 @@ struct Kernels {
   int64_t (*argmax)(const float* x, int64_t n);             // the lowest index among equals; NaN never wins
 };
 
-// Bytes of scratch that one thread of matmul_q needs: a panel unpacked to bytes, and its scales and mins in fp32.
+// Bytes of scratch that one thread of matmul_q needs: a panel unpacked to bytes, and its scales and mins in
+// fp32.
 static inline int64_t matmul_scratch_bytes(const PackedView* w) {
   const int64_t groups = w->kp / (w->group < kActivationGroup ? w->group : kActivationGroup);
   return w->kp * kPanel + 2 * groups * kPanel * 4 + 256;

@@ -85,10 +85,10 @@ void write_int8(const KvView* kv, const float* k, int64_t ldk, const float* v, i
       const f32x16 inverse[2] = {set1(ks.inverse), set1(vs.inverse)};
       // Without an inverse the code is 0 even where x is not finite.
       const i32x16 keep[2] = {set1_i32(ks.inverse > 0.0f ? -1 : 0), set1_i32(vs.inverse > 0.0f ? -1 : 0)};
-      write_head<int8_t>(
-          key, value, kv->head_dim, to, [&](int8_t * p, f32x16 x, int which) __attribute__((always_inline)) {
-            store_s8(p, bit_and(round_to_int(mul(x, inverse[which])), keep[which]));
-          });
+      write_head<int8_t>(key, value, kv->head_dim, to,
+                         [&](int8_t* p, f32x16 x, int which) __attribute__((always_inline)) {
+                           store_s8(p, bit_and(round_to_int(mul(x, inverse[which])), keep[which]));
+                         });
     }
   }
 }
@@ -99,17 +99,16 @@ void kv_write(const KvView* kv, const float* k, int64_t ldk, const float* v, int
               const int32_t* slots) {
   switch (kv->type) {
     case KvType::f32:
-      return write_rows<float>(
-          kv, k, ldk, v, ldv, rows, slots,
-          [](float* p, f32x16 x, int) __attribute__((always_inline)) { store(p, x); });
+      return write_rows<float>(kv, k, ldk, v, ldv, rows, slots,
+                               [](float* p, f32x16 x, int) __attribute__((always_inline)) { store(p, x); });
     case KvType::f16:
-      return write_rows<uint16_t>(
-          kv, k, ldk, v, ldv, rows, slots,
-          [](uint16_t * p, f32x16 x, int) __attribute__((always_inline)) { store_f16(p, x); });
+      return write_rows<uint16_t>(kv, k, ldk, v, ldv, rows, slots,
+                                  [](uint16_t* p, f32x16 x, int)
+                                      __attribute__((always_inline)) { store_f16(p, x); });
     case KvType::bf16:
-      return write_rows<uint16_t>(
-          kv, k, ldk, v, ldv, rows, slots,
-          [](uint16_t * p, f32x16 x, int) __attribute__((always_inline)) { store_bf16(p, x); });
+      return write_rows<uint16_t>(kv, k, ldk, v, ldv, rows, slots,
+                                  [](uint16_t* p, f32x16 x, int)
+                                      __attribute__((always_inline)) { store_bf16(p, x); });
     case KvType::i8:
       return write_int8(kv, k, ldk, v, ldv, rows, slots);
   }

@@ -1,9 +1,10 @@
 // y[m, n] = sum_k w[n, k] x[m, k] for weights in fp32, fp16 or bf16 and activations in fp32.
 //
-// Numerics: one fp32 accumulator per output, one FMA per column, ascending k, in every tile; 16-bit weights are
-// converted exactly. Cost per row, 16 outputs and column: 1 FMA with the activation as a broadcast from memory; the
-// weight's load (and conversion) is shared by the tile's rows. Tiles of kRows x kPanels accumulators hide the FMA's
-// latency: 4 x 4 on AVX-512 (16 of 32 registers, 4 more for weights), 2 x 2 elsewhere.
+// Numerics: one fp32 accumulator per output, one FMA per column, ascending k, in every tile; 16-bit weights
+// are converted exactly. Cost per row, 16 outputs and column: 1 FMA with the activation as a broadcast from
+// memory; the weight's load (and conversion) is shared by the tile's rows. Tiles of kRows x kPanels
+// accumulators hide the FMA's latency: 4 x 4 on AVX-512 (16 of 32 registers, 4 more for weights), 2 x 2
+// elsewhere.
 #include "kernels/ops.h"
 #include "kernels/simd/vec.h"
 
@@ -37,7 +38,8 @@ struct Value<Codes::bf16> {
 };
 
 template <Codes kind, int R, int P>
-void tile(const PackedView* w, const float* x, int64_t ldx, int64_t panel, float* y, int64_t ldy, int accumulate) {
+void tile(const PackedView* w, const float* x, int64_t ldx, int64_t panel, float* y, int64_t ldy,
+          int accumulate) {
   using T = typename Value<kind>::type;
   const T* panels = reinterpret_cast<const T*>(w->codes) + panel * w->cols * kPanel;
   f32x16 acc[R][P];
@@ -68,8 +70,8 @@ void tile(const PackedView* w, const float* x, int64_t ldx, int64_t panel, float
 }
 
 template <Codes kind, int R>
-void rows_tile(const PackedView* w, const float* x, int64_t ldx, int64_t panel_begin, int64_t panel_end, float* y,
-               int64_t ldy, int accumulate) {
+void rows_tile(const PackedView* w, const float* x, int64_t ldx, int64_t panel_begin, int64_t panel_end,
+               float* y, int64_t ldy, int accumulate) {
   int64_t panel = panel_begin;
   for (; panel + kPanels <= panel_end; panel += kPanels)
     tile<kind, R, kPanels>(w, x, ldx, panel, y, ldy, accumulate);
@@ -77,8 +79,8 @@ void rows_tile(const PackedView* w, const float* x, int64_t ldx, int64_t panel_b
 }
 
 template <Codes kind>
-void matmul(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin, int64_t panel_end,
-            float* y, int64_t ldy, int accumulate) {
+void matmul(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
+            int64_t panel_end, float* y, int64_t ldy, int accumulate) {
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows)
     rows_tile<kind, kRows>(w, x + m * ldx, ldx, panel_begin, panel_end, y + m * ldy, ldy, accumulate);
@@ -91,10 +93,17 @@ void matmul(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int6
 void matmul_f(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
               int64_t panel_end, float* y, int64_t ldy, int accumulate) {
   switch (w->kind) {
-    case Codes::f32: matmul<Codes::f32>(w, x, ldx, rows, panel_begin, panel_end, y, ldy, accumulate); break;
-    case Codes::f16: matmul<Codes::f16>(w, x, ldx, rows, panel_begin, panel_end, y, ldy, accumulate); break;
-    case Codes::bf16: matmul<Codes::bf16>(w, x, ldx, rows, panel_begin, panel_end, y, ldy, accumulate); break;
-    default: break;
+    case Codes::f32:
+      matmul<Codes::f32>(w, x, ldx, rows, panel_begin, panel_end, y, ldy, accumulate);
+      break;
+    case Codes::f16:
+      matmul<Codes::f16>(w, x, ldx, rows, panel_begin, panel_end, y, ldy, accumulate);
+      break;
+    case Codes::bf16:
+      matmul<Codes::bf16>(w, x, ldx, rows, panel_begin, panel_end, y, ldy, accumulate);
+      break;
+    default:
+      break;
   }
 }
 

@@ -1,22 +1,24 @@
-// y[m, n] = sum over groups g, ascending, of  scale[n, g] * xscale[m, g] * sum_{k in g} (code[n, k] - zero) xq[m, k]
+// y[m, n] = sum over groups g, ascending, of  scale[n, g] * xscale[m, g] * sum_{k in g} (code[n, k] - zero)
+// xq[m, k]
 //           + sum over groups g, ascending, of  min[n, g] * xscale[m, g] * sum_{k in g} xq[m, k]
 // for weights in packed codes and activations in int8.
 //
-// Numerics: the inner sum is an exact int32 (|sum| <= 32 * 255 * 127). Each step of 32 columns (16 where the weight's
-// groups are that short) ends in one fp32 FMA per output, acc = fma(float(sum), scale * xscale, acc); minimums have an
-// accumulator of their own, added once at the end. An output's sequence of operations is thus the same for any
-// number of rows, any tile and any instruction set.
+// Numerics: the inner sum is an exact int32 (|sum| <= 32 * 255 * 127). Each step of 32 columns (16 where the
+// weight's groups are that short) ends in one fp32 FMA per output, acc = fma(float(sum), scale * xscale,
+// acc); minimums have an accumulator of their own, added once at the end. An output's sequence of operations
+// is thus the same for any number of rows, any tile and any instruction set.
 //
 // Two paths, same arithmetic:
 //   direct   up to kDirectRows rows: codes are unpacked in registers as they stream by
-//   panel    more rows: a panel's codes, scales and minimums are unpacked once into scratch (L1 or L2), then tiles of
+//   panel    more rows: a panel's codes, scales and minimums are unpacked once into scratch (L1 or L2), then
+//   tiles of
 //            up to kTileRows rows run over it
-// Cost on AVX-512 VNNI per row, 16 outputs and 32 columns: 8 vpdpbusd with 8 broadcasting loads of the activation quad, 1
-// multiplication for the zero point, 1 conversion, 1 multiplication by the scales, 1 FMA; per panel and 32 columns 8
-// loads (panel path) or 4 loads and 12 logic operations (direct path), shared by the tile's rows. The tile keeps two
-// registers a row; at 12 rows no vector leaves the registers inside the loop, the row pointers partly do. With 16 ymm
-// (AVX2, where two make a vector) 4 rows spill some accumulators once per 32 columns; vpmaddubsw takes 3 instructions
-// for what vpdpbusd does in one.
+// Cost on AVX-512 VNNI per row, 16 outputs and 32 columns: 8 vpdpbusd with 8 broadcasting loads of the
+// activation quad, 1 multiplication for the zero point, 1 conversion, 1 multiplication by the scales, 1 FMA;
+// per panel and 32 columns 8 loads (panel path) or 4 loads and 12 logic operations (direct path), shared by
+// the tile's rows. The tile keeps two registers a row; at 12 rows no vector leaves the registers inside the
+// loop, the row pointers partly do. With 16 ymm (AVX2, where two make a vector) 4 rows spill some
+// accumulators once per 32 columns; vpmaddubsw takes 3 instructions for what vpdpbusd does in one.
 #include "kernels/ops.h"
 #include "kernels/unpack.h"
 
@@ -31,7 +33,8 @@ constexpr int kTileRows = 4;
 constexpr int kDirectRows = 2;
 #endif
 
-// ---- what both paths share: the steps of one tile of R rows ------------------------------------------------
+// ---- what both paths share: the steps of one tile of R rows
+// ------------------------------------------------
 
 // Integer sums of `quads` lines starting at line `first`, for R rows. Lines come from `line(index constant)`.
 template <bool wide, int R>
@@ -86,8 +89,8 @@ struct Output {
 // ---- direct ----------------------------------------------------------------------------------------------
 
 template <Unpack kind, bool short_groups, int R>
-FASTLLM_INLINE void direct_tile(const PackedView* w, int64_t panel, const QuantizedRows* x, int64_t m, i32x16 zero,
-                                Output out) {
+FASTLLM_INLINE void direct_tile(const PackedView* w, int64_t panel, const QuantizedRows* x, int64_t m,
+                                i32x16 zero, Output out) {
   constexpr int kStep = short_groups ? 16 : 32;
   constexpr bool wide = is_wide(kind);
   const PanelCodes codes(w, panel);
@@ -170,7 +173,8 @@ void panel_tile(const Unpacked& panel, const QuantizedRows* x, int64_t m, i32x16
     Sums<wide, R> sums;
     sums.start(rows.sums, step, zero);
 #pragma GCC unroll 8
-    for (int quad = 0; quad < kStep / 4; ++quad, line += 64) sums.add_line(load_line(line), rows.q, k + 4 * quad);
+    for (int quad = 0; quad < kStep / 4; ++quad, line += 64)
+      sums.add_line(load_line(line), rows.q, k + 4 * quad);
     const f32x16 scale = load(panel.scales + step * kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -199,21 +203,34 @@ using PanelTile = void (*)(const Unpacked&, const QuantizedRows*, int64_t, i32x1
 template <bool wide, bool short_groups>
 PanelTile panel_tile_of(int rows) {
   switch (rows) {
-    case 1: return panel_tile<wide, short_groups, 1>;
-    case 2: return panel_tile<wide, short_groups, 2>;
-    case 3: return panel_tile<wide, short_groups, 3>;
-    case 4: return panel_tile<wide, short_groups, 4>;
+    case 1:
+      return panel_tile<wide, short_groups, 1>;
+    case 2:
+      return panel_tile<wide, short_groups, 2>;
+    case 3:
+      return panel_tile<wide, short_groups, 3>;
+    case 4:
+      return panel_tile<wide, short_groups, 4>;
 #if defined(FASTLLM_ISA_avx512vnni)
-    case 5: return panel_tile<wide, short_groups, 5>;
-    case 6: return panel_tile<wide, short_groups, 6>;
-    case 7: return panel_tile<wide, short_groups, 7>;
-    case 8: return panel_tile<wide, short_groups, 8>;
-    case 9: return panel_tile<wide, short_groups, 9>;
-    case 10: return panel_tile<wide, short_groups, 10>;
-    case 11: return panel_tile<wide, short_groups, 11>;
-    case 12: return panel_tile<wide, short_groups, 12>;
+    case 5:
+      return panel_tile<wide, short_groups, 5>;
+    case 6:
+      return panel_tile<wide, short_groups, 6>;
+    case 7:
+      return panel_tile<wide, short_groups, 7>;
+    case 8:
+      return panel_tile<wide, short_groups, 8>;
+    case 9:
+      return panel_tile<wide, short_groups, 9>;
+    case 10:
+      return panel_tile<wide, short_groups, 10>;
+    case 11:
+      return panel_tile<wide, short_groups, 11>;
+    case 12:
+      return panel_tile<wide, short_groups, 12>;
 #endif
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 
@@ -224,13 +241,22 @@ void direct_panels(const PackedView* w, const QuantizedRows* x, int64_t rows, in
     const int64_t n = panel * kPanel;
     const Output out{y + n, ldy, w->rows - n < kPanel ? w->rows - n : kPanel, accumulate};
     switch (rows) {
-      case 1: direct_tile<kind, short_groups, 1>(w, panel, x, 0, zero, out); break;
-      case 2: direct_tile<kind, short_groups, 2>(w, panel, x, 0, zero, out); break;
+      case 1:
+        direct_tile<kind, short_groups, 1>(w, panel, x, 0, zero, out);
+        break;
+      case 2:
+        direct_tile<kind, short_groups, 2>(w, panel, x, 0, zero, out);
+        break;
 #if defined(FASTLLM_ISA_avx512vnni)
-      case 3: direct_tile<kind, short_groups, 3>(w, panel, x, 0, zero, out); break;
-      case 4: direct_tile<kind, short_groups, 4>(w, panel, x, 0, zero, out); break;
+      case 3:
+        direct_tile<kind, short_groups, 3>(w, panel, x, 0, zero, out);
+        break;
+      case 4:
+        direct_tile<kind, short_groups, 4>(w, panel, x, 0, zero, out);
+        break;
 #endif
-      default: break;
+      default:
+        break;
     }
   }
 }
@@ -239,7 +265,8 @@ template <Unpack kind, bool short_groups>
 void matmul(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t ldy, int accumulate, void* scratch) {
   constexpr int kStep = short_groups ? 16 : 32;
-  const int bias = kind == Unpack::codebook ? 128 - kU8Bias : (kind == Unpack::u8 ? w->zero - kU8Bias : w->zero);
+  const int bias =
+      kind == Unpack::codebook ? 128 - kU8Bias : (kind == Unpack::u8 ? w->zero - kU8Bias : w->zero);
   const i32x16 zero = set1_i32(bias);
   if (rows <= kDirectRows) {
     direct_panels<kind, short_groups>(w, x, rows, panel_begin, panel_end, zero, y, ldy, accumulate);
@@ -267,18 +294,19 @@ void matmul(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t p
       const int64_t begin = rows * t / tiles;
       const int64_t end = rows * (t + 1) / tiles;
       const Output out{y + begin * ldy + n, ldy, w->rows - n < kPanel ? w->rows - n : kPanel, accumulate};
-      panel_tile_of<is_wide(kind), short_groups>(static_cast<int>(end - begin))(unpacked, x, begin, zero, out);
+      panel_tile_of<is_wide(kind), short_groups>(static_cast<int>(end - begin))(unpacked, x, begin, zero,
+                                                                                out);
     }
   }
 }
 
 }  // namespace
 
-void matmul_q(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin, int64_t panel_end,
-              float* y, int64_t ldy, int accumulate, void* scratch) {
+void matmul_q(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
+              int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch) {
   const bool short_groups = w->group == 16;
-#define FASTLLM_CASE(kind)                                                                                      \
-  (short_groups ? matmul<kind, true>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch)           \
+#define FASTLLM_CASE(kind)                                                                            \
+  (short_groups ? matmul<kind, true>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch) \
                 : matmul<kind, false>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch))
   switch (w->kind) {
     case Codes::u4:
@@ -288,10 +316,17 @@ void matmul_q(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t
         FASTLLM_CASE(Unpack::u4);
       }
       break;
-    case Codes::u5: FASTLLM_CASE(Unpack::u5); break;
-    case Codes::u6: FASTLLM_CASE(Unpack::u6); break;
-    case Codes::u8: FASTLLM_CASE(Unpack::u8); break;
-    default: break;
+    case Codes::u5:
+      FASTLLM_CASE(Unpack::u5);
+      break;
+    case Codes::u6:
+      FASTLLM_CASE(Unpack::u6);
+      break;
+    case Codes::u8:
+      FASTLLM_CASE(Unpack::u8);
+      break;
+    default:
+      break;
   }
 #undef FASTLLM_CASE
 }

@@ -1,7 +1,8 @@
-// RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight.   LayerNorm: y = (x - mean) / sqrt(var + eps) * weight + bias.
+// RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight.   LayerNorm: y = (x - mean) / sqrt(var + eps) * weight +
+// bias.
 //
-// Sums run over one f32x16 accumulator in ascending order and end in vec.h's reduction tree. 2 passes (LayerNorm 3)
-// over a row that lies in L1.
+// Sums run over one f32x16 accumulator in ascending order and end in vec.h's reduction tree. 2 passes
+// (LayerNorm 3) over a row that lies in L1.
 #include "kernels/ops.h"
 #include "kernels/simd/vec.h"
 
@@ -12,8 +13,8 @@ FASTLLM_INLINE int64_t lanes_at(int64_t i, int64_t n) { return n - i < 16 ? n - 
 
 }  // namespace
 
-void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t dim, float* y,
-              int64_t ldy) {
+void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t dim,
+              float* y, int64_t ldy) {
   for (int64_t m = 0; m < rows; ++m) {
     const float* in = x + m * ldx;
     float* out = y + m * ldy;

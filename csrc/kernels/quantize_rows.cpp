@@ -2,8 +2,8 @@
 //
 // Both divisions are IEEE divisions and the rounding is to nearest even, so the codes are the same on every
 // instruction set; |x| * (127 / amax) is at most 127 * (1 + 2^-23), so no code leaves [-127, 127].
-// Cost per group of 32: 2 loads, 2 maxima, one reduction, 2 divisions, 2 conversions: about 40 cycles, once per row
-// and layer, against 32 * N multiplications.
+// Cost per group of 32: 2 loads, 2 maxima, one reduction, 2 divisions, 2 conversions: about 40 cycles, once
+// per row and layer, against 32 * N multiplications.
 #include "kernels/ops.h"
 #include "kernels/simd/vec.h"
 

@@ -6,8 +6,8 @@
 
 namespace fastllm::FASTLLM_ISA {
 
-void rope(float* x, int64_t ldx, int64_t rows, int64_t heads, int64_t head_dim, int64_t rotary, const float* cos,
-          const float* sin) {
+void rope(float* x, int64_t ldx, int64_t rows, int64_t heads, int64_t head_dim, int64_t rotary,
+          const float* cos, const float* sin) {
   const int64_t half = rotary / 2;
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t h = 0; h < heads; ++h) {

@@ -1,4 +1,5 @@
-// Collects the functions of one instruction set into the table it exports: the only symbol that other code sees.
+// Collects the functions of one instruction set into the table it exports: the only symbol that other code
+// sees.
 #include "kernels/attention.h"
 #include "kernels/logits.h"
 #include "kernels/ops.h"

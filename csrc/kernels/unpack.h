@@ -1,8 +1,10 @@
-// Packed codes to lines of plain bytes: 16 outputs x 4 columns per 64-byte line, the u8 operand of the dot products.
+// Packed codes to lines of plain bytes: 16 outputs x 4 columns per 64-byte line, the u8 operand of the dot
+// products.
 //
-// Lines<kind>::get(panel, k4) gives line k4 (columns 4*k4 .. 4*k4+3) of a panel whose code plane starts at `codes` and
-// whose extra plane at `extra`. Cost per line: u4 one load per two lines, one `and`, and a shift for the odd one; a
-// codebook adds one shuffle; u5 and u6 add a load, a shift, an `and` and an `or`; u8 one load.
+// Lines<kind>::get(panel, k4) gives line k4 (columns 4*k4 .. 4*k4+3) of a panel whose code plane starts at
+// `codes` and whose extra plane at `extra`. Cost per line: u4 one load per two lines, one `and`, and a shift
+// for the odd one; a codebook adds one shuffle; u5 and u6 add a load, a shift, an `and` and an `or`; u8 one
+// load.
 #pragma once
 
 #include "kernels/kernels.h"

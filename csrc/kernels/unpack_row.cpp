@@ -4,8 +4,8 @@
 
 namespace fastllm::FASTLLM_ISA {
 
-// One row back to floats: float(code - zero) * scale, rounded, plus the minimum, rounded; no FMA, as the disk formats
-// define it.
+// One row back to floats: float(code - zero) * scale, rounded, plus the minimum, rounded; no FMA, as the disk
+// formats define it.
 void unpack_row(const PackedView* w, int64_t row, float* out) {
   const int64_t panel = row / kPanel;
   const int64_t n = row % kPanel;

@@ -1,9 +1,10 @@
 // The decoder's weights and KV cache: what is set once. The step is decoder_step.cpp.
+#include "model/decoder.h"
+
 #include <cstring>
 #include <stdexcept>
 
 #include "dispatch.h"
-#include "model/decoder.h"
 
 namespace fastllm {
 
@@ -14,7 +15,8 @@ Decoder::Decoder(DecoderConfig config, int threads)
       thread_state_(static_cast<std::size_t>(pool_.size())),
       layers_(static_cast<std::size_t>(config_.num_layers)) {
   const auto fail = [](const char* what) { throw std::invalid_argument(what); };
-  if (config_.head_dim % 16 != 0 || config_.head_dim > 512) fail("head_dim: expected a multiple of 16 up to 512");
+  if (config_.head_dim % 16 != 0 || config_.head_dim > 512)
+    fail("head_dim: expected a multiple of 16 up to 512");
   if (config_.num_kv_heads < 1 || config_.num_heads % config_.num_kv_heads != 0)
     fail("num_heads: expected a multiple of num_kv_heads");
   if (config_.rotary_dim % 2 != 0 || config_.rotary_dim > config_.head_dim)
@@ -86,29 +88,35 @@ Decoder::Vector* Decoder::find_vector(const std::string& slot, std::int64_t laye
   return nullptr;
 }
 
-void Decoder::set_matrix(const std::string& slot, std::int64_t layer, std::shared_ptr<const PackedMatrix> matrix) {
+void Decoder::set_matrix(const std::string& slot, std::int64_t layer,
+                         std::shared_ptr<const PackedMatrix> matrix) {
   std::int64_t rows = 0, cols = 0;
   Matrix* place = find_matrix(slot, layer, &rows, &cols);
-  if (place == nullptr) throw std::invalid_argument("slot: no matrix " + slot + " in layer " + std::to_string(layer));
+  if (place == nullptr)
+    throw std::invalid_argument("slot: no matrix " + slot + " in layer " + std::to_string(layer));
   if (matrix->rows != rows || matrix->cols != cols)
-    throw std::invalid_argument(slot + ": expected shape (" + std::to_string(rows) + ", " + std::to_string(cols) +
-                                "), got (" + std::to_string(matrix->rows) + ", " + std::to_string(matrix->cols) + ")");
+    throw std::invalid_argument(slot + ": expected shape (" + std::to_string(rows) + ", " +
+                                std::to_string(cols) + "), got (" + std::to_string(matrix->rows) + ", " +
+                                std::to_string(matrix->cols) + ")");
   *place = std::move(matrix);
 }
 
 void Decoder::set_vector(const std::string& slot, std::int64_t layer, const float* values, std::int64_t n) {
   std::int64_t size = 0;
   Vector* place = find_vector(slot, layer, &size);
-  if (place == nullptr) throw std::invalid_argument("slot: no vector " + slot + " in layer " + std::to_string(layer));
+  if (place == nullptr)
+    throw std::invalid_argument("slot: no vector " + slot + " in layer " + std::to_string(layer));
   if (n != size)
-    throw std::invalid_argument(slot + ": expected " + std::to_string(size) + " values, got " + std::to_string(n));
+    throw std::invalid_argument(slot + ": expected " + std::to_string(size) + " values, got " +
+                                std::to_string(n));
   *place = Vector(static_cast<std::size_t>(n) * sizeof(float));
   std::memcpy(place->as<float>(), values, static_cast<std::size_t>(n) * sizeof(float));
 }
 
 void Decoder::check_complete() const {
   const auto need = [](bool present, const char* slot, std::size_t layer) {
-    if (!present) throw std::invalid_argument(std::string(slot) + ": missing in layer " + std::to_string(layer));
+    if (!present)
+      throw std::invalid_argument(std::string(slot) + ": missing in layer " + std::to_string(layer));
   };
   if (!embed_) throw std::invalid_argument("embed: missing");
   if (!final_norm_) throw std::invalid_argument("final_norm: missing");
@@ -144,8 +152,9 @@ void Decoder::close() {
   layers_.clear();
   kv_ = MappedBuffer();
   kv_blocks_ = 0;
-  for (AlignedBuffer* buffer : {&final_norm_, &final_norm_bias_, &x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_, &cos_,
-                                &sin_, &cos_sliding_, &sin_sliding_, &quantized_, &logits_, &partials_})
+  for (AlignedBuffer* buffer :
+       {&final_norm_, &final_norm_bias_, &x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_, &cos_, &sin_,
+        &cos_sliding_, &sin_sliding_, &quantized_, &logits_, &partials_})
     *buffer = AlignedBuffer();
   for (ThreadState& state : thread_state_) state = ThreadState{};
 }
@@ -170,7 +179,8 @@ void Decoder::allocate_kv(std::int64_t blocks, std::int32_t block_size, KvType t
 
 KvView Decoder::kv_view(std::int64_t layer) {
   const auto positions = static_cast<std::size_t>(kv_blocks_ * config_.num_kv_heads * block_size_);
-  const std::size_t values = positions * static_cast<std::size_t>(config_.head_dim) * kv_value_bytes(kv_type_);
+  const std::size_t values =
+      positions * static_cast<std::size_t>(config_.head_dim) * kv_value_bytes(kv_type_);
   const std::size_t scales = kv_type_ == KvType::i8 ? positions * sizeof(float) : 0;
   std::uint8_t* base = kv_.data() + static_cast<std::size_t>(layer) * 2 * (values + scales);
   KvView view{};

@@ -1,8 +1,8 @@
 // The CPU decoder: a DecoderSpec's sizes, its packed weights, the paged KV cache, and one call per step.
 //
-// What it computes stands in fastllm/models/spec.py. A step takes one flat batch (prefill chunks and decodes together)
-// and yields, for the rows asked for, a sampled token or log-probabilities. All buffers grow to the largest batch seen
-// and stay; a step in the steady state allocates nothing but its list of attention items.
+// What it computes stands in fastllm/models/spec.py. A step takes one flat batch (prefill chunks and decodes
+// together) and yields, for the rows asked for, a sampled token or log-probabilities. All buffers grow to the
+// largest batch seen and stay; a step in the steady state allocates nothing but its list of attention items.
 #pragma once
 
 #include <cstddef>
@@ -34,10 +34,10 @@ struct DecoderConfig {
   float norm_eps = 1e-5f;
   bool post_norms = false;
   Activation activation = Activation::silu;
-  std::int64_t rotary_dim = 0;                // 0: no rope
-  std::vector<double> inv_freq;               // rotary_dim / 2
-  std::vector<double> inv_freq_sliding;       // for layers with a window; empty: the same
-  std::vector<std::int32_t> windows;          // per layer, 0: none
+  std::int64_t rotary_dim = 0;           // 0: no rope
+  std::vector<double> inv_freq;          // rotary_dim / 2
+  std::vector<double> inv_freq_sliding;  // for layers with a window; empty: the same
+  std::vector<std::int32_t> windows;     // per layer, 0: none
   float attention_scale = 0;
   float attn_softcap = 0;
   float final_softcap = 0;
@@ -59,16 +59,18 @@ struct StepInput {
 };
 
 struct StepOutput {
-  std::int32_t* tokens = nullptr;      // (R); -1 when the logits were not numbers
-  float* logprob = nullptr;            // (R)
-  std::int32_t* rank = nullptr;        // (R)
-  std::int32_t* top_ids = nullptr;     // (R, L)
-  float* top_logprobs = nullptr;       // (R, L)
-  std::int64_t max_logprobs = 0;       // L
-  float* logits = nullptr;             // (R, V), or null: raw logits are not wanted
+  std::int32_t* tokens = nullptr;   // (R); -1 when the logits were not numbers
+  float* logprob = nullptr;         // (R)
+  std::int32_t* rank = nullptr;     // (R)
+  std::int32_t* top_ids = nullptr;  // (R, L)
+  float* top_logprobs = nullptr;    // (R, L)
+  std::int64_t max_logprobs = 0;    // L
+  float* logits = nullptr;          // (R, V), or null: raw logits are not wanted
 };
 
-inline std::size_t kv_value_bytes(KvType type) { return type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2; }
+inline std::size_t kv_value_bytes(KvType type) {
+  return type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2;
+}
 
 class Decoder {
  public:
@@ -78,7 +80,8 @@ class Decoder {
   const DecoderConfig& config() const { return config_; }
   int threads() const { return pool_.size(); }
 
-  // layer -1 for "embed", "final_norm", "head". Throws std::invalid_argument for an unknown slot or a wrong shape.
+  // layer -1 for "embed", "final_norm", "head". Throws std::invalid_argument for an unknown slot or a wrong
+  // shape.
   void set_matrix(const std::string& slot, std::int64_t layer, std::shared_ptr<const PackedMatrix> matrix);
   void set_vector(const std::string& slot, std::int64_t layer, const float* values, std::int64_t n);
   // Throws std::invalid_argument naming a slot that is still missing.
@@ -135,13 +138,15 @@ class Decoder {
 
   // Phases; each is called by every thread of the team.
   void embed(Team& team, const StepInput& in);
-  void normalize(Team& team, const float* x, const Vector& weight, const Vector& bias, std::int64_t rows, bool quantize);
+  void normalize(Team& team, const float* x, const Vector& weight, const Vector& bias, std::int64_t rows,
+                 bool quantize);
   void quantize_rows(Team& team, const float* x, std::int64_t rows, std::int64_t cols);
   void multiply(Team& team, int thread, const float* x, std::int64_t ldx, std::int64_t rows,
                 const Product* products, int count, bool accumulate);
   void prepare_heads(Team& team, const StepInput& in, const Layer& layer, const KvView& kv, bool sliding);
   void attend(Team& team, int thread, const StepInput& in, std::int64_t layer, const KvView& kv);
-  void add_residual(Team& team, const float* y, const Vector& bias, const Vector& post_norm, std::int64_t rows);
+  void add_residual(Team& team, const float* y, const Vector& bias, const Vector& post_norm,
+                    std::int64_t rows);
   void yield_rows(Team& team, int thread, const StepInput& in, const StepOutput& out);
 
   DecoderConfig config_;
@@ -159,13 +164,13 @@ class Decoder {
   KvType kv_type_ = KvType::f16;
 
   // Activations of one step, fp32 unless said otherwise.
-  AlignedBuffer x_;                                  // (T, dim): the residual
-  AlignedBuffer h_;                                  // (T, dim): normalised, or a product on its way to the residual
-  AlignedBuffer q_, k_, v_, a_;                      // (T, heads * head_dim), a: attention's output
-  AlignedBuffer gate_, up_;                          // (T, ffn_dim)
+  AlignedBuffer x_;              // (T, dim): the residual
+  AlignedBuffer h_;              // (T, dim): normalised, or a product on its way to the residual
+  AlignedBuffer q_, k_, v_, a_;  // (T, heads * head_dim), a: attention's output
+  AlignedBuffer gate_, up_;      // (T, ffn_dim)
   AlignedBuffer cos_, sin_, cos_sliding_, sin_sliding_;  // (T, rotary_dim / 2)
-  AlignedBuffer quantized_;                          // int8 rows of the widest input, see quantized()
-  AlignedBuffer logits_;                             // (rows at a time, vocab_size)
+  AlignedBuffer quantized_;                              // int8 rows of the widest input, see quantized()
+  AlignedBuffer logits_;                                 // (rows at a time, vocab_size)
   AlignedBuffer partials_;
   std::int64_t quantized_rows_ = 0;
   std::vector<AttentionItem> items_;

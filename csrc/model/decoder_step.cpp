@@ -1,4 +1,5 @@
-// One step of the decoder: buffers, the plan of its attention, and the phases that every thread walks through.
+// One step of the decoder: buffers, the plan of its attention, and the phases that every thread walks
+// through.
 #include <algorithm>
 #include <cstring>
 
@@ -76,8 +77,8 @@ void Decoder::reserve(const StepInput& in) {
   last_tokens_.reserve(static_cast<std::size_t>(in.rows));
 }
 
-// Items for one KV head and up to kQueriesPerItem queries each. When there are too few to keep the threads busy, long
-// decodes are split between tiles; the fold is the same either way.
+// Items for one KV head and up to kQueriesPerItem queries each. When there are too few to keep the threads
+// busy, long decodes are split between tiles; the fold is the same either way.
 void Decoder::plan_attention(const StepInput& in) {
   items_.clear();
   merges_.clear();
@@ -98,7 +99,8 @@ void Decoder::plan_attention(const StepInput& in) {
     return ceil_div(in.positions[item.query_begin] + item.queries, kKvTile);
   };
   for (const AttentionItem& item : items_) total += tiles_of(item);
-  const std::int64_t piece = std::max(kTilesWorthSplitting, ceil_div(total, static_cast<std::int64_t>(wanted)));
+  const std::int64_t piece =
+      std::max(kTilesWorthSplitting, ceil_div(total, static_cast<std::int64_t>(wanted)));
   std::vector<AttentionItem> split;
   std::int64_t records = 0;
   for (const AttentionItem& item : items_) {
@@ -167,8 +169,8 @@ void Decoder::embed(Team& team, const StepInput& in) {
 }
 
 // h = norm(x), and its int8 form when a quantized matrix reads it.
-void Decoder::normalize(Team& team, const float* x, const Vector& weight, const Vector& bias, std::int64_t rows,
-                        bool quantize) {
+void Decoder::normalize(Team& team, const float* x, const Vector& weight, const Vector& bias,
+                        std::int64_t rows, bool quantize) {
   const std::int64_t dim = config_.dim;
   const QuantizedRows out = quantized(dim);
   team.for_each(rows, 4, [&](std::int64_t begin, std::int64_t end) {
@@ -176,8 +178,8 @@ void Decoder::normalize(Team& team, const float* x, const Vector& weight, const 
     if (config_.norm == NormKind::rms) {
       kernels_.rms_norm(x + begin * dim, dim, weight.as<float>(), config_.norm_eps, end - begin, dim, h, dim);
     } else {
-      kernels_.layer_norm(x + begin * dim, dim, weight.as<float>(), bias.as<float>(), config_.norm_eps, end - begin,
-                          dim, h, dim);
+      kernels_.layer_norm(x + begin * dim, dim, weight.as<float>(), bias.as<float>(), config_.norm_eps,
+                          end - begin, dim, h, dim);
     }
     if (quantize) {
       const QuantizedRows part = out.from_row(begin);
@@ -220,7 +222,8 @@ void Decoder::multiply(Team& team, int thread, const float* x, std::int64_t ldx,
 }
 
 // Biases, q and k norms, rope, and K and V into the cache.
-void Decoder::prepare_heads(Team& team, const StepInput& in, const Layer& layer, const KvView& kv, bool sliding) {
+void Decoder::prepare_heads(Team& team, const StepInput& in, const Layer& layer, const KvView& kv,
+                            bool sliding) {
   const DecoderConfig& c = config_;
   const std::int64_t q_dim = c.num_heads * c.head_dim;
   const std::int64_t kv_dim = c.num_kv_heads * c.head_dim;
@@ -255,7 +258,8 @@ void Decoder::attend(Team& team, int thread, const StepInput& in, std::int64_t l
   const std::int64_t stride = c.num_heads * c.head_dim;
   const std::int64_t group = c.num_heads / c.num_kv_heads;
   float* scratch = thread_state_[static_cast<std::size_t>(thread)].scratch.as<float>();
-  const auto task_of = [&](std::int32_t sequence, std::int32_t kv_head, std::int32_t query, std::int32_t queries) {
+  const auto task_of = [&](std::int32_t sequence, std::int32_t kv_head, std::int32_t query,
+                           std::int32_t queries) {
     AttentionTask task{};
     const std::int64_t at = query * stride + kv_head * group * c.head_dim;
     task.q = q_.as<float>() + at;
@@ -305,7 +309,8 @@ void Decoder::add_residual(Team& team, const float* y, const Vector& bias, const
         if (config_.norm == NormKind::rms) {
           kernels_.rms_norm(value, dim, post_norm.as<float>(), config_.norm_eps, 1, dim, value, dim);
         } else {
-          kernels_.layer_norm(value, dim, post_norm.as<float>(), nullptr, config_.norm_eps, 1, dim, value, dim);
+          kernels_.layer_norm(value, dim, post_norm.as<float>(), nullptr, config_.norm_eps, 1, dim, value,
+                              dim);
         }
       }
       kernels_.add(x, value, x, dim);
@@ -327,8 +332,8 @@ void Decoder::yield_rows(Team& team, int thread, const StepInput& in, const Step
         if (c.norm == NormKind::rms) {
           kernels_.rms_norm(x, c.dim, final_norm_.as<float>(), c.norm_eps, 1, c.dim, h, c.dim);
         } else {
-          kernels_.layer_norm(x, c.dim, final_norm_.as<float>(), final_norm_bias_.as<float>(), c.norm_eps, 1, c.dim,
-                              h, c.dim);
+          kernels_.layer_norm(x, c.dim, final_norm_.as<float>(), final_norm_bias_.as<float>(), c.norm_eps, 1,
+                              c.dim, h, c.dim);
         }
         if (head.quantized()) {
           const QuantizedRows part = quantized_rows.from_row(r);
@@ -345,12 +350,13 @@ void Decoder::yield_rows(Team& team, int thread, const StepInput& in, const Step
         if (c.final_softcap > 0) kernels_.softcap(row, c.final_softcap, c.vocab_size);
         const std::int64_t at = first + r;
         if (out.logits != nullptr)
-          std::memcpy(out.logits + at * c.vocab_size, row, static_cast<std::size_t>(c.vocab_size) * sizeof(float));
+          std::memcpy(out.logits + at * c.vocab_size, row,
+                      static_cast<std::size_t>(c.vocab_size) * sizeof(float));
         SampleOut sampled{};
         sampled.top_ids = out.top_ids + at * out.max_logprobs;
         sampled.top_logprobs = out.top_logprobs + at * out.max_logprobs;
-        sample_row(kernels_, row, c.vocab_size, in.sample[at], thread_state_[static_cast<std::size_t>(thread)].sampler,
-                   sampled);
+        sample_row(kernels_, row, c.vocab_size, in.sample[at],
+                   thread_state_[static_cast<std::size_t>(thread)].sampler, sampled);
         out.tokens[at] = sampled.token;
         out.logprob[at] = sampled.logprob;
         out.rank[at] = sampled.rank;
@@ -375,8 +381,8 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
       team.for_each(c.num_layers, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t layer = begin; layer < end; ++layer) {
           const KvView kv = kv_view(layer);
-          const auto bytes = static_cast<std::size_t>(c.num_kv_heads * block_size_ * c.head_dim) *
-                             kv_value_bytes(kv_type_);
+          const auto bytes =
+              static_cast<std::size_t>(c.num_kv_heads * block_size_ * c.head_dim) * kv_value_bytes(kv_type_);
           const auto scales = static_cast<std::size_t>(c.num_kv_heads * block_size_);
           for (std::int64_t i = 0; i < in.copies; ++i) {
             const auto from = static_cast<std::size_t>(in.copy_blocks[2 * i]);

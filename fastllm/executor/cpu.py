@@ -1,4 +1,4 @@
-"""The CPU executor: packs a checkpoint's weights, makes the KV cache, and runs StepBatches on the C++ decoder.
+"""The CPU executor: packs a checkpoint's weights, makes the KV cache, runs StepBatches on the C++ decoder.
 
 Every tensor is packed by one of a few threads straight from the mapped file, whose pages are released right
 after, so loading holds little more than the packed weights.
@@ -41,8 +41,8 @@ class CpuExecutor:
     Args:
         checkpoint: what the weights are read from; it may be closed afterwards.
         spec: the decoder, from `fastllm.models.registry.spec_from_checkpoint(checkpoint)`.
-        quantization: "int4" or "int8" quantizes floating-point matrices while loading, in groups of 32 columns
-            (the embedding and the head to 8 bits either way); None keeps the file's precision.
+        quantization: "int4" or "int8" quantizes floating-point matrices while loading, in groups of 32
+            columns (the embedding and the head to 8 bits either way); None keeps the file's precision.
         kv_cache_dtype: "fp16", "bf16", "fp32" or "int8".
         block_size: positions per block of the KV cache: 16, 32 or 64.
         kv_cache_bytes: size of the KV cache; None takes what max_num_seqs sequences of max_model_len need, at
@@ -101,13 +101,19 @@ class CpuExecutor:
         wanted = per_sequence * max_num_seqs
         if asked is None:
             blocks = min(wanted, max(int(free * _DEFAULT_MEMORY_SHARE) // per_block, 1))
-            origin = f"{max_num_seqs} sequences of {max_model_len} tokens or half of {format_bytes(free)} free"
+            origin = (
+                f"{max_num_seqs} sequences of {max_model_len} tokens or half of {format_bytes(free)} free"
+            )
         else:
             blocks = asked // per_block
             origin = f"{format_bytes(asked)} asked"
             if asked > free:
                 raise CapacityError(
-                    "kv_cache_bytes", asked=asked, had=free, would_fit=free // per_block * per_block, unit="bytes"
+                    "kv_cache_bytes",
+                    asked=asked,
+                    had=free,
+                    would_fit=free // per_block * per_block,
+                    unit="bytes",
                 )
         blocks = min(blocks, (2**31 - 1) // self._block_size - 1)
         if blocks < 1:
@@ -121,7 +127,7 @@ class CpuExecutor:
         self._decoder.allocate_kv(blocks, self._block_size, dtype)
         self.kv_cache_bytes = blocks * per_block
         logger.info(
-            "KV cache: %d blocks x %d tokens x %s = %s for %d tokens (%s); weights: %s packed; %s, %d threads",
+            "KV cache: %d blocks x %d tokens x %s = %s for %d tokens (%s); weights: %s; %s, %d threads",
             blocks,
             self._block_size,
             f"{per_block // self._block_size} bytes/token in {dtype}",

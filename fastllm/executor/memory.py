@@ -27,7 +27,7 @@ def _system_available() -> int:
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, used without the reclaimable page cache) of this process's group and its ancestors, in bytes."""
+    """(limit, used without the reclaimable page cache) of this process's group and its ancestors; bytes."""
     found: list[tuple[int, int]] = []
     try:
         groups = Path("/proc/self/cgroup").read_text().splitlines()

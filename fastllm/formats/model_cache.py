@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fastllm.errors import ModelFileError, ModelSourceError
 from fastllm.formats.safetensors import read_json

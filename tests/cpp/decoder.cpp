@@ -1,6 +1,7 @@
-// The whole forward pass on random weights: the same bits on any number of threads, prefilled at once or in chunks. As
-// much a test of the sanitizers' verdict as of the values: every phase of a step runs here, on several threads. Prints
-// the instruction set and a hash of the logits' bits, which .ci/qemu_proof compares between processors.
+// The whole forward pass on random weights: the same bits on any number of threads, prefilled at once or in
+// chunks. As much a test of the sanitizers' verdict as of the values: every phase of a step runs here, on
+// several threads. Prints the instruction set and a hash of the logits' bits, which .ci/qemu_proof compares
+// between processors.
 #include "model/decoder.h"
 
 #include <algorithm>
@@ -39,10 +40,12 @@ struct Weights {
 // How the weights are stored: quantized to 4 or 8 bits, or as they are.
 enum class Storage { u4, u8, f32 };
 
-std::shared_ptr<const PackedMatrix> matrix(Weights& weights, std::int64_t rows, std::int64_t cols, Storage storage) {
+std::shared_ptr<const PackedMatrix> matrix(Weights& weights, std::int64_t rows, std::int64_t cols,
+                                           Storage storage) {
   const std::vector<float> values = weights.values(rows * cols, 0.15f);
   if (storage != Storage::f32)
-    return std::make_shared<PackedMatrix>(quantize(values.data(), rows, cols, storage == Storage::u4 ? 4 : 8, 32));
+    return std::make_shared<PackedMatrix>(
+        quantize(values.data(), rows, cols, storage == Storage::u4 ? 4 : 8, 32));
   return std::make_shared<PackedMatrix>(pack_float({Codes::f32, values.data(), rows, cols}, Codes::f32));
 }
 
@@ -98,8 +101,8 @@ struct Sequence {
   std::int32_t left() const { return static_cast<std::int32_t>(tokens.size()) - computed; }
 };
 
-// Runs the next `chunk` tokens of each sequence, or what is left, as one flat batch. A sequence whose tokens are all
-// computed then takes the sampled one, and keeps its logits and log-probability.
+// Runs the next `chunk` tokens of each sequence, or what is left, as one flat batch. A sequence whose tokens
+// are all computed then takes the sampled one, and keeps its logits and log-probability.
 void step(Decoder& decoder, const std::vector<Sequence*>& sequences, std::int32_t chunk) {
   constexpr std::int64_t kWidth = 20;
   std::vector<std::int32_t> ids, positions, slots, start{0}, lengths, tables, row_token;
@@ -142,7 +145,8 @@ void step(Decoder& decoder, const std::vector<Sequence*>& sequences, std::int32_
   const std::size_t count = sequences.size(), vocab = static_cast<std::size_t>(decoder.config().vocab_size);
   std::vector<std::int32_t> tokens(count), rank(count), top_ids(2 * count);
   std::vector<float> logprob(count), top(2 * count), logits(vocab * count);
-  decoder.step(in, {tokens.data(), logprob.data(), rank.data(), top_ids.data(), top.data(), 2, logits.data()});
+  decoder.step(in,
+               {tokens.data(), logprob.data(), rank.data(), top_ids.data(), top.data(), 2, logits.data()});
   for (std::size_t s = 0; s < count; ++s) {
     CHECK(tokens[s] >= 0 && rank[s] >= 1);
     Sequence& sequence = *sequences[s];
@@ -176,7 +180,8 @@ std::vector<Sequence> generate(Storage storage, KvType kv, int threads, std::int
 bool same(const std::vector<Sequence>& a, const std::vector<Sequence>& b) {
   for (std::size_t s = 0; s < a.size(); ++s) {
     if (a[s].tokens != b[s].tokens || a[s].logits.size() != b[s].logits.size()) return false;
-    if (std::memcmp(a[s].logits.data(), b[s].logits.data(), a[s].logits.size() * sizeof(float)) != 0) return false;
+    if (std::memcmp(a[s].logits.data(), b[s].logits.data(), a[s].logits.size() * sizeof(float)) != 0)
+      return false;
   }
   return true;
 }

@@ -1,5 +1,5 @@
-// The thread pool: every piece of work is done once, barriers order memory, callers take turns, the floating-point
-// mode is set and given back, an idle pool sleeps, and a child process gets a pool of its own.
+// The thread pool: every piece of work is done once, barriers order memory, callers take turns, the
+// floating-point mode is set and given back, an idle pool sleeps, and a child process gets a pool of its own.
 #include "core/thread_pool.h"
 
 #include <immintrin.h>
@@ -29,7 +29,8 @@ std::int64_t random_below(std::int64_t n) {  // xorshift64*: the same numbers on
   random_state ^= random_state >> 12;
   random_state ^= random_state << 25;
   random_state ^= random_state >> 27;
-  return static_cast<std::int64_t>((random_state * 0x2545f4914f6cdd1dULL >> 33) % static_cast<std::uint64_t>(n));
+  return static_cast<std::int64_t>((random_state * 0x2545f4914f6cdd1dULL >> 33) %
+                                   static_cast<std::uint64_t>(n));
 }
 
 // Phases that read what the phase before wrote elsewhere: plain memory, ordered by the barriers alone.
@@ -82,7 +83,8 @@ void callers_take_turns() {
 
 void float_mode_is_set_and_restored() {
   constexpr unsigned kDefault = 0x1f80, kStatusFlags = 0x3f;
-  const unsigned before = (kDefault & ~kStatusFlags) | 0x8040 | 0x6000;  // flush to zero, denormals are zero, truncate
+  const unsigned before =
+      (kDefault & ~kStatusFlags) | 0x8040 | 0x6000;  // flush to zero, denormals are zero, truncate
   _mm_setcsr(before);
   ThreadPool pool(3);
   unsigned seen[3] = {};

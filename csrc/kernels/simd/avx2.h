@@ -1,4 +1,5 @@
-// AVX2 with FMA and F16C: a vector is one ymm, two make a logical f32x16. See vec.h for what each primitive promises.
+// AVX2 with FMA and F16C: a vector is one ymm, two make a logical f32x16. See vec.h for what each primitive
+// promises.
 #pragma once
 
 #include <immintrin.h>
@@ -33,11 +34,17 @@ inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 inline vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 inline vi vi_andnot(vi m, vi b) { return _mm256_andnot_si256(m, b); }
 template <int n>
-inline vi vi_shl(vi a) { return _mm256_slli_epi32(a, n); }
+inline vi vi_shl(vi a) {
+  return _mm256_slli_epi32(a, n);
+}
 template <int n>
-inline vi vi_shr(vi a) { return _mm256_srli_epi32(a, n); }
+inline vi vi_shr(vi a) {
+  return _mm256_srli_epi32(a, n);
+}
 template <int n>
-inline vi vi_sar(vi a) { return _mm256_srai_epi32(a, n); }
+inline vi vi_sar(vi a) {
+  return _mm256_srai_epi32(a, n);
+}
 inline vi vi_gt(vi a, vi b) { return _mm256_cmpgt_epi32(a, b); }
 inline vi vi_eq(vi a, vi b) { return _mm256_cmpeq_epi32(a, b); }
 inline vi v_gt(vf a, vf b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
@@ -96,9 +103,13 @@ inline vb vb_set1(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
 inline vb vb_and(vb a, vb b) { return _mm256_and_si256(a, b); }
 inline vb vb_or(vb a, vb b) { return _mm256_or_si256(a, b); }
 template <int n>  // shifts of 16-bit units: mask afterwards
-inline vb vb_shr(vb a) { return _mm256_srli_epi16(a, n); }
+inline vb vb_shr(vb a) {
+  return _mm256_srli_epi16(a, n);
+}
 template <int n>
-inline vb vb_shl(vb a) { return _mm256_slli_epi16(a, n); }
+inline vb vb_shl(vb a) {
+  return _mm256_slli_epi16(a, n);
+}
 inline vb vb_load_table(const uint8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -110,9 +121,9 @@ constexpr int kU8Bias = 0;
 inline vi dot_small(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 inline vi dot_u8(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 #else
-// vpmaddubsw saturates its 16-bit pair sums: exact for codes up to 127 (127 * 127 * 2 < 2^15), 3 instructions for 32
-// products. A full byte is made signed (c - 128), and its sign moved to the activation: |c - 128| <= 128 and
-// 128 * 127 * 2 < 2^15, so that is exact too, 6 instructions.
+// vpmaddubsw saturates its 16-bit pair sums: exact for codes up to 127 (127 * 127 * 2 < 2^15), 3 instructions
+// for 32 products. A full byte is made signed (c - 128), and its sign moved to the activation: |c - 128| <=
+// 128 and 128 * 127 * 2 < 2^15, so that is exact too, 6 instructions.
 constexpr int kU8Bias = 128;
 inline vi dot_small(vi acc, vb w, vi a) {
   const __m256i pairs = _mm256_maddubs_epi16(w, a);

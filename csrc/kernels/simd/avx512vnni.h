@@ -38,11 +38,17 @@ inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 inline vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 inline vi vi_andnot(vi m, vi b) { return _mm512_andnot_si512(m, b); }
 template <int n>
-inline vi vi_shl(vi a) { return _mm512_slli_epi32(a, n); }
+inline vi vi_shl(vi a) {
+  return _mm512_slli_epi32(a, n);
+}
 template <int n>
-inline vi vi_shr(vi a) { return _mm512_srli_epi32(a, n); }
+inline vi vi_shr(vi a) {
+  return _mm512_srli_epi32(a, n);
+}
 template <int n>
-inline vi vi_sar(vi a) { return _mm512_srai_epi32(a, n); }
+inline vi vi_sar(vi a) {
+  return _mm512_srai_epi32(a, n);
+}
 inline vi vi_gt(vi a, vi b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }
 inline vi vi_eq(vi a, vi b) { return _mm512_movm_epi32(_mm512_cmpeq_epi32_mask(a, b)); }
 inline vi v_gt(vf a, vf b) { return _mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)); }
@@ -98,9 +104,13 @@ inline vb vb_set1(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
 inline vb vb_and(vb a, vb b) { return _mm512_and_si512(a, b); }
 inline vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
 template <int n>  // shifts of 16-bit units: mask afterwards
-inline vb vb_shr(vb a) { return _mm512_srli_epi16(a, n); }
+inline vb vb_shr(vb a) {
+  return _mm512_srli_epi16(a, n);
+}
 template <int n>
-inline vb vb_shl(vb a) { return _mm512_slli_epi16(a, n); }
+inline vb vb_shl(vb a) {
+  return _mm512_slli_epi16(a, n);
+}
 inline vb vb_load_table(const uint8_t* p) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -1,7 +1,8 @@
-// x86-64-v2 (SSE4.2): a vector is one xmm, four make a logical f32x16. See vec.h for what each primitive promises.
+// x86-64-v2 (SSE4.2): a vector is one xmm, four make a logical f32x16. See vec.h for what each primitive
+// promises.
 //
-// There is no fused multiply-add and no half-precision conversion here; both are computed exactly, so that this
-// set gives the same bits as the others. It is meant to be right everywhere, not fast.
+// There is no fused multiply-add and no half-precision conversion here; both are computed exactly, so that
+// this set gives the same bits as the others. It is meant to be right everywhere, not fast.
 #pragma once
 
 #include <smmintrin.h>
@@ -25,9 +26,9 @@ inline vf v_max(vf a, vf b) { return _mm_max_ps(a, b); }
 inline vf v_min(vf a, vf b) { return _mm_min_ps(a, b); }
 inline vf v_sqrt(vf a) { return _mm_sqrt_ps(a); }
 
-// a * b + c in double, rounded to odd: the product of two floats is exact in double, and a sum rounded to odd with 53
-// bits rounds to 24 bits as the exact sum does (Boldo and Melquiond, "Emulation of FMA and correctly rounded
-// sums: proved algorithms using rounding to odd", 2008).
+// a * b + c in double, rounded to odd: the product of two floats is exact in double, and a sum rounded to odd
+// with 53 bits rounds to 24 bits as the exact sum does (Boldo and Melquiond, "Emulation of FMA and correctly
+// rounded sums: proved algorithms using rounding to odd", 2008).
 inline __m128d fma_to_odd(__m128d a, __m128d b, __m128d c) {
   const __m128d p = _mm_mul_pd(a, b);
   const __m128d s = _mm_add_pd(p, c);
@@ -35,8 +36,8 @@ inline __m128d fma_to_odd(__m128d a, __m128d b, __m128d c) {
   const __m128d error = _mm_add_pd(_mm_sub_pd(p, _mm_sub_pd(s, c2)), _mm_sub_pd(c, c2));
   const __m128i bits = _mm_castpd_si128(s);
   const __m128i one = _mm_set1_epi64x(1);
-  const __m128i inexact =
-      _mm_castpd_si128(_mm_or_pd(_mm_cmplt_pd(error, _mm_setzero_pd()), _mm_cmpgt_pd(error, _mm_setzero_pd())));
+  const __m128i inexact = _mm_castpd_si128(
+      _mm_or_pd(_mm_cmplt_pd(error, _mm_setzero_pd()), _mm_cmpgt_pd(error, _mm_setzero_pd())));
   const __m128i even = _mm_cmpeq_epi64(_mm_and_si128(bits, one), _mm_setzero_si128());
   // Away from zero when the error has the sign of the sum, else toward zero.
   const __m128i opposite = _mm_srli_epi64(_mm_xor_si128(bits, _mm_castpd_si128(error)), 63);
@@ -61,11 +62,17 @@ inline vi vi_and(vi a, vi b) { return _mm_and_si128(a, b); }
 inline vi vi_or(vi a, vi b) { return _mm_or_si128(a, b); }
 inline vi vi_andnot(vi m, vi b) { return _mm_andnot_si128(m, b); }
 template <int n>
-inline vi vi_shl(vi a) { return _mm_slli_epi32(a, n); }
+inline vi vi_shl(vi a) {
+  return _mm_slli_epi32(a, n);
+}
 template <int n>
-inline vi vi_shr(vi a) { return _mm_srli_epi32(a, n); }
+inline vi vi_shr(vi a) {
+  return _mm_srli_epi32(a, n);
+}
 template <int n>
-inline vi vi_sar(vi a) { return _mm_srai_epi32(a, n); }
+inline vi vi_sar(vi a) {
+  return _mm_srai_epi32(a, n);
+}
 inline vi vi_gt(vi a, vi b) { return _mm_cmpgt_epi32(a, b); }
 inline vi vi_eq(vi a, vi b) { return _mm_cmpeq_epi32(a, b); }
 inline vi v_gt(vf a, vf b) { return _mm_castps_si128(_mm_cmpgt_ps(a, b)); }
@@ -98,8 +105,8 @@ inline void vi_store_s8(int8_t* p, vi x) {  // values in [-128, 127]
   __builtin_memcpy(p, &word, 4);
 }
 
-// Half to float, exact: place exponent and mantissa, then multiply by 2^112 to move the bias, which also makes
-// half subnormals normal. Infinities and NaNs get the float's all-ones exponent; NaNs become quiet.
+// Half to float, exact: place exponent and mantissa, then multiply by 2^112 to move the bias, which also
+// makes half subnormals normal. Infinities and NaNs get the float's all-ones exponent; NaNs become quiet.
 inline vf v_load_f16(const uint16_t* p) {
   const vi h = vi_load_u16(p);
   const vi sign = vi_shl<16>(vi_and(h, vi_set1(0x8000)));
@@ -119,9 +126,9 @@ inline void v_store_f16(uint16_t* p, vf x) {
   const vi odd = vi_and(vi_shr<13>(magnitude), vi_set1(1));
   const vi rounded = vi_add(magnitude, vi_add(odd, vi_set1(0x0fff)));
   const vi normal = vi_shr<13>(vi_sub(rounded, vi_set1(112 << 23)));
-  // Below 2^-14: adding 0.5 leaves the value, in units of 2^-24 and rounded to even, in the low mantissa bits.
-  const vi subnormal =
-      vi_sub(v_bits(v_add(v_from_bits(magnitude), v_set1(0.5f))), v_bits(v_set1(0.5f)));
+  // Below 2^-14: adding 0.5 leaves the value, in units of 2^-24 and rounded to even, in the low mantissa
+  // bits.
+  const vi subnormal = vi_sub(v_bits(v_add(v_from_bits(magnitude), v_set1(0.5f))), v_bits(v_set1(0.5f)));
   const vi small = vi_gt(vi_set1(113 << 23), magnitude);
   vi half = vi_or(vi_and(small, subnormal), vi_andnot(small, normal));
   const vi large = vi_gt(magnitude, vi_set1(0x477fefff));  // rounds to 65536 or more
@@ -154,9 +161,13 @@ inline vb vb_set1(int x) { return _mm_set1_epi8(static_cast<char>(x)); }
 inline vb vb_and(vb a, vb b) { return _mm_and_si128(a, b); }
 inline vb vb_or(vb a, vb b) { return _mm_or_si128(a, b); }
 template <int n>  // shifts of 16-bit units: mask afterwards
-inline vb vb_shr(vb a) { return _mm_srli_epi16(a, n); }
+inline vb vb_shr(vb a) {
+  return _mm_srli_epi16(a, n);
+}
 template <int n>
-inline vb vb_shl(vb a) { return _mm_slli_epi16(a, n); }
+inline vb vb_shl(vb a) {
+  return _mm_slli_epi16(a, n);
+}
 inline vb vb_load_table(const uint8_t* p) { return vb_load(p); }
 inline vb vb_lookup(vb table, vb index) { return _mm_shuffle_epi8(table, index); }
 

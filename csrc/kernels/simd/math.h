@@ -6,10 +6,10 @@
 namespace fastllm {
 namespace {
 
-// exp(x) to about 1 unit in the last place. x = n ln 2 + r with |r| <= ln(2)/2 (ln 2 in two parts, Cody and Waite), a
-// polynomial of degree 7 for e^r (Taylor coefficients; the remainder is below 2^-27 there), and 2^n put into the
-// exponent in two steps, so that results down to 2^-126 are right. Below -87.3 the result is 0, above 88.7 infinite;
-// NaN stays NaN. 11 FMA-class instructions.
+// exp(x) to about 1 unit in the last place. x = n ln 2 + r with |r| <= ln(2)/2 (ln 2 in two parts, Cody and
+// Waite), a polynomial of degree 7 for e^r (Taylor coefficients; the remainder is below 2^-27 there), and 2^n
+// put into the exponent in two steps, so that results down to 2^-126 are right. Below -87.3 the result is 0,
+// above 88.7 infinite; NaN stays NaN. 11 FMA-class instructions.
 FASTLLM_INLINE f32x16 exp(f32x16 x) {
   const f32x16 low = set1(-87.33654f);
   const f32x16 high = set1(88.72283f);

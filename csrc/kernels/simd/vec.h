@@ -1,14 +1,14 @@
 // The logical 16-lane vectors that all kernels are written on: f32x16, i32x16 and u8x64.
 //
-// Each instruction set's header gives a native vector (vf floats, vi int32, vb bytes) of kLanes floats and its
-// primitives; this file composes kParts = 16 / kLanes of them. Promises, equal on every instruction set:
+// Each instruction set's header gives a native vector (vf floats, vi int32, vb bytes) of kLanes floats and
+// its primitives; this file composes kParts = 16 / kLanes of them. Promises, equal on every instruction set:
 //   fma       a * b + c, rounded once
 //   max, min  (a > b ? a : b), (a < b ? a : b): the second operand when one is NaN, and for equal zeros
 //   reduce    one tree: lanes i and i+8, then i and i+4, i+2, i+1
 //   round_to_int  nearest, ties to even (the workers' rounding mode is set to nearest)
 //   f16       loads are exact, stores round to nearest even; bf16 likewise
-//   dot_small bytes <= 127 times int8 activations in [-127, 127], exact; acc += sum over the 4 bytes of a lane
-//   dot_u8    any byte c: acc += sum (c - kU8Bias) * a, exact
+//   dot_small bytes <= 127 times int8 activations in [-127, 127], exact; acc += sum over the 4 bytes of a
+//   lane dot_u8    any byte c: acc += sum (c - kU8Bias) * a, exact
 // Loops over parts unroll entirely: -O3 leaves no array in memory.
 #pragma once
 
@@ -72,11 +72,11 @@ FASTLLM_INLINE void store_first(float* p, f32x16 x, int64_t n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-#define FASTLLM_BINARY(name, type, native)           \
-  FASTLLM_INLINE type name(type a, type b) {         \
-    type r;                                          \
+#define FASTLLM_BINARY(name, type, native)                 \
+  FASTLLM_INLINE type name(type a, type b) {               \
+    type r;                                                \
     FASTLLM_EACH r.part[i] = native(a.part[i], b.part[i]); \
-    return r;                                        \
+    return r;                                              \
   }
 FASTLLM_BINARY(add, f32x16, v_add)
 FASTLLM_BINARY(sub, f32x16, v_sub)
