@@ -4,6 +4,10 @@
 #include <stdexcept>
 
 namespace fastllm {
+
+// A new instruction set adds its table here, a row to kEntries, and a function that says whether it runs.
+extern const Kernels kernels_avx512vnni, kernels_avxvnni, kernels_avx2, kernels_baseline;
+
 namespace {
 
 struct Entry {
@@ -30,7 +34,7 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-// Best first. A new instruction set adds a row.
+// Best first.
 const Entry kEntries[] = {
     {&kernels_avx512vnni, has_avx512vnni},
     {&kernels_avxvnni, has_avxvnni},

@@ -171,9 +171,4 @@ static inline int64_t matmul_scratch_bytes(const PackedView* w) {
   return w->kp * kPanel + 2 * groups * kPanel * 4 + 256;
 }
 
-extern const Kernels kernels_baseline;
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avxvnni;
-extern const Kernels kernels_avx512vnni;
-
 }  // namespace fastllm

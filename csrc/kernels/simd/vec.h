@@ -14,17 +14,7 @@
 
 #include <stdint.h>
 
-#if defined(FASTLLM_ISA_avx512vnni)
-#include "kernels/simd/avx512vnni.h"
-#elif defined(FASTLLM_ISA_avxvnni)
-#include "kernels/simd/avxvnni.h"
-#elif defined(FASTLLM_ISA_avx2)
-#include "kernels/simd/avx2.h"
-#elif defined(FASTLLM_ISA_baseline)
-#include "kernels/simd/baseline.h"
-#else
-#error "compile with -DFASTLLM_ISA_<name>=1"
-#endif
+#include FASTLLM_ISA_HEADER  // "kernels/simd/<name>.h", from CMakeLists.txt
 
 #define FASTLLM_INLINE inline __attribute__((always_inline))
 
