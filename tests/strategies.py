@@ -13,8 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
-import tiny
 from hypothesis import strategies as st
+from random_blocks import random_blocks
 
 Float32 = npt.NDArray[np.float32]
 
@@ -103,7 +103,7 @@ def make_quantized(dtype: str, rows: int, blocks: int, seed: int) -> QuantizedMa
     if dtype in FLOAT_TYPES:
         data = gguf.quants.quantize(rng.standard_normal((rows, columns)).astype(np.float32), kind)
     else:
-        data = tiny.random_blocks(dtype, rows, columns, rng=rng)
+        data = random_blocks(dtype, rows, columns, rng=rng)
     data = data.reshape(rows, -1).view(np.uint8)
     values = gguf.quants.dequantize(data, kind).reshape(rows, columns)
     return QuantizedMatrix(dtype, rows, columns, data, values)
