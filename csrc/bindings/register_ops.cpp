@@ -41,24 +41,17 @@ void check_threads(int threads) {
 // Quantized activations in one allocation.
 struct QuantizedBuffer {
   QuantizedRows rows{};
-  AlignedBuffer q, scale, sums16, sums32, fsums16, fsums32;
+  AlignedBuffer q, scale, sums, fsums;
 
   QuantizedBuffer(std::int64_t m, std::int64_t k) {
     const std::int64_t kp = (k + 31) / 32 * 32;
     const auto n = static_cast<std::size_t>(m * kp);
     q = AlignedBuffer(n);
-    scale = AlignedBuffer(n / 32 * 4);
-    sums32 = AlignedBuffer(n / 32 * 4);
-    fsums32 = AlignedBuffer(n / 32 * 4);
-    sums16 = AlignedBuffer(n / 16 * 4);
-    fsums16 = AlignedBuffer(n / 16 * 4);
-    rows = {q.as<std::int8_t>(),
-            scale.as<float>(),
-            sums16.as<std::int32_t>(),
-            sums32.as<std::int32_t>(),
-            fsums16.as<float>(),
-            fsums32.as<float>(),
-            kp};
+    const std::size_t words = n / kActivationGroup * 4;
+    scale = AlignedBuffer(words);
+    sums = AlignedBuffer(words);
+    fsums = AlignedBuffer(words);
+    rows = {q.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>(), fsums.as<float>(), kp};
   }
 };
 
@@ -71,9 +64,10 @@ py::tuple quantize_rows(const py::object& x, const std::string& isa) {
   kernels.quantize_rows(in, k, m, k, &buffer.rows);
   const std::int64_t kp = buffer.rows.kp;
   py::array_t<std::int8_t> q({m, kp});
-  Floats scale({m, kp / 32});
+  Floats scale({m, kp / kActivationGroup});
   std::memcpy(q.mutable_data(), buffer.rows.q, static_cast<std::size_t>(m * kp));
-  std::memcpy(scale.mutable_data(), buffer.rows.scale, static_cast<std::size_t>(m * kp / 32) * 4);
+  std::memcpy(scale.mutable_data(), buffer.rows.scale,
+              static_cast<std::size_t>(m * kp / kActivationGroup) * 4);
   return py::make_tuple(q, scale);
 }
 
@@ -201,7 +195,7 @@ Floats softcap(const py::object& x, float cap, const std::string& isa) {
 void register_ops(py::module_& module) {
   module.def(
       "quantize_rows", &quantize_rows, py::arg("x"), py::arg("isa") = "",
-      "x: float32 (M, K). Returns int8 (M, kp) and float32 scales (M, kp/32), kp = K rounded up to 32.");
+      "x: float32 (M, K). Returns int8 (M, kp) and float32 scales (M, kp/16), kp = K rounded up to 32.");
   module.def("matmul", &matmul, py::arg("x"), py::arg("w"), py::arg("residual") = py::none(),
              py::arg("isa") = "", py::arg("threads") = 0,
              "x: float32 (M, K); w: PackedMatrix (N, K); residual: float32 (M, N) or None. Returns x w^T + "

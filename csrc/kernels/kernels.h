@@ -13,8 +13,7 @@
 namespace fastllm {
 
 constexpr int kPanel = 16;            // outputs in a panel = lanes of f32x16
-constexpr int kActivationGroup = 32;  // columns that share one activation scale
-constexpr int kSumGroup = 16;         // columns that share one precomputed sum of quantized activations
+constexpr int kActivationGroup = 16;  // columns that share one activation scale
 constexpr int kSuper = 256;           // columns that share one fp16 super-scale
 constexpr int kKvTile = 64;           // positions in one tile of the attention fold, aligned at position 0
 
@@ -56,21 +55,19 @@ struct PackedView {
   Codes kind;
 };
 
-// Quantized activations: x[m, k] ~ scale[m, k/32] * q[m, k]. A group that holds a NaN or an infinity has
+// Quantized activations: x[m, k] ~ scale[m, k/16] * q[m, k]. A group that holds a NaN or an infinity has
 // scale NaN and codes 0, so that it stays visible.
 struct QuantizedRows {
-  int8_t* q;        // (M, kp), in [-127, 127], 0 past K
-  float* scale;     // (M, kp/32)
-  int32_t* sums16;  // (M, kp/16): minus the sum of q over 16 columns
-  int32_t* sums32;  // (M, kp/32): minus the sum of q over 32 columns
-  float* fsums16;   // (M, kp/16): scale * sum of q, what a minimum is multiplied by
-  float* fsums32;   // (M, kp/32)
+  int8_t* q;      // (M, kp), in [-127, 127], 0 past K
+  float* scale;   // (M, kp/16)
+  int32_t* sums;  // (M, kp/16): minus the sum of q over the group
+  float* fsums;   // (M, kp/16): scale * sum of q, what a minimum is multiplied by
   int64_t kp;
 
   // Inlined by force, as the function below is static: no instruction set's copy may stand in for another's.
   __attribute__((always_inline)) QuantizedRows from_row(int64_t m) const {
-    const int64_t a = m * (kp / 16), b = m * (kp / 32);
-    return {q + m * kp, scale + b, sums16 + a, sums32 + b, fsums16 + a, fsums32 + b, kp};
+    const int64_t group = m * (kp / kActivationGroup);
+    return {q + m * kp, scale + group, sums + group, fsums + group, kp};
   }
 };
 
@@ -119,7 +116,7 @@ struct AttentionTask {
 struct Kernels {
   const char* name;
 
-  // q = round(x * 127 / amax) per row and group of 32; zero rows give scale 0. x: (rows, ldx).
+  // q = round(x * 127 / amax) per row and group of 16; zero rows give scale 0. x: (rows, ldx).
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t rows, int64_t k, const QuantizedRows* out);
 
   // y[m, n] (+)= sum_k w[n, k] x[m, k] for the panels [panel_begin, panel_end); y: (rows, ldy), column n at
@@ -167,7 +164,7 @@ struct Kernels {
 // Bytes of scratch that one thread of matmul_q needs: a panel unpacked to bytes, and its scales and mins in
 // fp32.
 static inline int64_t matmul_scratch_bytes(const PackedView* w) {
-  const int64_t groups = w->kp / (w->group < kActivationGroup ? w->group : kActivationGroup);
+  const int64_t groups = w->kp / kActivationGroup;
   return w->kp * kPanel + 2 * groups * kPanel * 4 + 256;
 }
 

@@ -3,27 +3,30 @@
 //           + sum over groups g, ascending, of  min[n, g] * xscale[m, g] * sum_{k in g} xq[m, k]
 // for weights in packed codes and activations in int8.
 //
-// Numerics: the inner sum is an exact int32 (|sum| <= 32 * 255 * 127). Each step of 32 columns (16 where the
-// weight's groups are that short) ends in one fp32 FMA per output, acc = fma(float(sum), scale * xscale,
-// acc); minimums have an accumulator of their own, added once at the end. An output's sequence of operations
-// is thus the same for any number of rows, any tile and any instruction set.
+// Numerics: the inner sum is an exact int32 (|sum| <= 16 * 255 * 127). Each step of 16 columns, the group of
+// the activations, ends in one fp32 FMA per output, acc = fma(float(sum), scale * xscale, acc); minimums have
+// an accumulator of their own, added once at the end. An output's sequence of operations is thus the same for
+// any number of rows, any tile and any instruction set.
 //
 // Two paths, same arithmetic:
 //   direct   up to kDirectRows rows: codes are unpacked in registers as they stream by
 //   panel    more rows: a panel's codes, scales and minimums are unpacked once into scratch (L1 or L2), then
 //   tiles of
 //            up to kTileRows rows run over it
-// Cost on AVX-512 VNNI per row, 16 outputs and 32 columns: 8 vpdpbusd with 8 broadcasting loads of the
+// Cost on AVX-512 VNNI per row, 16 outputs and 16 columns: 4 vpdpbusd with 4 broadcasting loads of the
 // activation quad, 1 multiplication for the zero point, 1 conversion, 1 multiplication by the scales, 1 FMA;
-// per panel and 32 columns 8 loads (panel path) or 4 loads and 12 logic operations (direct path), shared by
+// per panel and 16 columns 4 loads (panel path) or 2 loads and 6 logic operations (direct path), shared by
 // the tile's rows. The tile keeps two registers a row; at 12 rows no vector leaves the registers inside the
 // loop, the row pointers partly do. With 16 ymm (AVX2, where two make a vector) 4 rows spill some
-// accumulators once per 32 columns; vpmaddubsw takes 3 instructions for what vpdpbusd does in one.
+// accumulators once per step; vpmaddubsw takes 3 instructions for what vpdpbusd does in one.
 #include "kernels/ops.h"
 #include "kernels/unpack.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
+
+constexpr int kStep = kActivationGroup;
+static_assert(kStep == 16, "a step is four lines of four columns");
 
 #if defined(FASTLLM_ISA_avx512vnni)
 constexpr int kTileRows = 12;
@@ -62,13 +65,13 @@ struct Rows {
   const int32_t* sums[R];
   const float* fsums[R];
 
-  Rows(const QuantizedRows* x, int64_t m, bool short_groups) {
+  Rows(const QuantizedRows* x, int64_t m) {
     for (int r = 0; r < R; ++r) {
       const QuantizedRows row = x->from_row(m + r);
       q[r] = row.q;
       scale[r] = row.scale;
-      sums[r] = short_groups ? row.sums16 : row.sums32;
-      fsums[r] = short_groups ? row.fsums16 : row.fsums32;
+      sums[r] = row.sums;
+      fsums[r] = row.fsums;
     }
   }
 };
@@ -88,34 +91,35 @@ struct Output {
 
 // ---- direct ----------------------------------------------------------------------------------------------
 
-template <Unpack kind, bool short_groups, int R>
+// The step at column k, whose lines are `quad` to `quad + 3` of the eight of its 32 columns.
+template <Unpack kind, int R, int quad>
+FASTLLM_INLINE void direct_step(const PanelCodes& codes, const PanelScales<int8_t>& scales,
+                                const Rows<R>& rows, int64_t k, i32x16 zero, f32x16* acc) {
+  const int64_t step = k / kStep;
+  const int64_t first = k / 4 - quad;
+  Sums<is_wide(kind), R> sums;
+  sums.start(rows.sums, step, zero);
+  sums.add_line(codes.line<kind, quad>(first), rows.q, k);
+  sums.add_line(codes.line<kind, quad + 1>(first), rows.q, k + 4);
+  sums.add_line(codes.line<kind, quad + 2>(first), rows.q, k + 8);
+  sums.add_line(codes.line<kind, quad + 3>(first), rows.q, k + 12);
+  const f32x16 scale = scales.at(k);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    acc[r] = fma(to_float(sums.value[r]), mul(scale, set1(rows.scale[r][step])), acc[r]);
+}
+
+template <Unpack kind, int R>
 FASTLLM_INLINE void direct_tile(const PackedView* w, int64_t panel, const QuantizedRows* x, int64_t m,
                                 i32x16 zero, Output out) {
-  constexpr int kStep = short_groups ? 16 : 32;
-  constexpr bool wide = is_wide(kind);
   const PanelCodes codes(w, panel);
   const PanelScales<int8_t> scales(w->scales, w->subscales, w, panel);
-  const Rows<R> rows(x, m, short_groups);
+  const Rows<R> rows(x, m);
   f32x16 acc[R];
   for (int r = 0; r < R; ++r) acc[r] = zero_f32();
-  for (int64_t k = 0, step = 0; k < w->kp; k += kStep, ++step) {
-    Sums<wide, R> sums;
-    sums.start(rows.sums, step, zero);
-    const int64_t first = k / 4;
-    sums.add_line(codes.line<kind, 0>(first), rows.q, k);
-    sums.add_line(codes.line<kind, 1>(first), rows.q, k + 4);
-    sums.add_line(codes.line<kind, 2>(first), rows.q, k + 8);
-    sums.add_line(codes.line<kind, 3>(first), rows.q, k + 12);
-    if constexpr (!short_groups) {
-      sums.add_line(codes.line<kind, 4>(first), rows.q, k + 16);
-      sums.add_line(codes.line<kind, 5>(first), rows.q, k + 20);
-      sums.add_line(codes.line<kind, 6>(first), rows.q, k + 24);
-      sums.add_line(codes.line<kind, 7>(first), rows.q, k + 28);
-    }
-    const f32x16 scale = scales.at(k);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      acc[r] = fma(to_float(sums.value[r]), mul(scale, set1(rows.scale[r][k / 32])), acc[r]);
+  for (int64_t k = 0; k < w->kp; k += 2 * kStep) {  // two steps: the lines that share an extra plane's line
+    direct_step<kind, R, 0>(codes, scales, rows, k, zero, acc);
+    direct_step<kind, R, 4>(codes, scales, rows, k + kStep, zero, acc);
   }
   if (w->mins != nullptr) {
     const PanelScales<uint8_t> mins(w->mins, w->submins, w, panel);
@@ -161,10 +165,9 @@ void unpack_scales(const PanelScales<Sub>& scales, int64_t kp, int step, float* 
   for (int64_t k = 0; k < kp; k += step, out += kPanel) store(out, scales.at(k));
 }
 
-template <bool wide, bool short_groups, int R>
+template <bool wide, int R>
 void panel_tile(const Unpacked& panel, const QuantizedRows* x, int64_t m, i32x16 zero, Output out) {
-  constexpr int kStep = short_groups ? 16 : 32;
-  const Rows<R> rows(x, m, short_groups);
+  const Rows<R> rows(x, m);
   f32x16 acc[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) acc[r] = zero_f32();
@@ -178,7 +181,7 @@ void panel_tile(const Unpacked& panel, const QuantizedRows* x, int64_t m, i32x16
     const f32x16 scale = load(panel.scales + step * kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-      acc[r] = fma(to_float(sums.value[r]), mul(scale, set1(rows.scale[r][k / 32])), acc[r]);
+      acc[r] = fma(to_float(sums.value[r]), mul(scale, set1(rows.scale[r][step])), acc[r]);
   }
   if (panel.mins != nullptr) {
     f32x16 low[R];
@@ -200,41 +203,41 @@ void panel_tile(const Unpacked& panel, const QuantizedRows* x, int64_t m, i32x16
 
 using PanelTile = void (*)(const Unpacked&, const QuantizedRows*, int64_t, i32x16, Output);
 
-template <bool wide, bool short_groups>
+template <bool wide>
 PanelTile panel_tile_of(int rows) {
   switch (rows) {
     case 1:
-      return panel_tile<wide, short_groups, 1>;
+      return panel_tile<wide, 1>;
     case 2:
-      return panel_tile<wide, short_groups, 2>;
+      return panel_tile<wide, 2>;
     case 3:
-      return panel_tile<wide, short_groups, 3>;
+      return panel_tile<wide, 3>;
     case 4:
-      return panel_tile<wide, short_groups, 4>;
+      return panel_tile<wide, 4>;
 #if defined(FASTLLM_ISA_avx512vnni)
     case 5:
-      return panel_tile<wide, short_groups, 5>;
+      return panel_tile<wide, 5>;
     case 6:
-      return panel_tile<wide, short_groups, 6>;
+      return panel_tile<wide, 6>;
     case 7:
-      return panel_tile<wide, short_groups, 7>;
+      return panel_tile<wide, 7>;
     case 8:
-      return panel_tile<wide, short_groups, 8>;
+      return panel_tile<wide, 8>;
     case 9:
-      return panel_tile<wide, short_groups, 9>;
+      return panel_tile<wide, 9>;
     case 10:
-      return panel_tile<wide, short_groups, 10>;
+      return panel_tile<wide, 10>;
     case 11:
-      return panel_tile<wide, short_groups, 11>;
+      return panel_tile<wide, 11>;
     case 12:
-      return panel_tile<wide, short_groups, 12>;
+      return panel_tile<wide, 12>;
 #endif
     default:
       return nullptr;
   }
 }
 
-template <Unpack kind, bool short_groups>
+template <Unpack kind>
 void direct_panels(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
                    int64_t panel_end, i32x16 zero, float* y, int64_t ldy, int accumulate) {
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
@@ -242,17 +245,17 @@ void direct_panels(const PackedView* w, const QuantizedRows* x, int64_t rows, in
     const Output out{y + n, ldy, w->rows - n < kPanel ? w->rows - n : kPanel, accumulate};
     switch (rows) {
       case 1:
-        direct_tile<kind, short_groups, 1>(w, panel, x, 0, zero, out);
+        direct_tile<kind, 1>(w, panel, x, 0, zero, out);
         break;
       case 2:
-        direct_tile<kind, short_groups, 2>(w, panel, x, 0, zero, out);
+        direct_tile<kind, 2>(w, panel, x, 0, zero, out);
         break;
 #if defined(FASTLLM_ISA_avx512vnni)
       case 3:
-        direct_tile<kind, short_groups, 3>(w, panel, x, 0, zero, out);
+        direct_tile<kind, 3>(w, panel, x, 0, zero, out);
         break;
       case 4:
-        direct_tile<kind, short_groups, 4>(w, panel, x, 0, zero, out);
+        direct_tile<kind, 4>(w, panel, x, 0, zero, out);
         break;
 #endif
       default:
@@ -261,15 +264,14 @@ void direct_panels(const PackedView* w, const QuantizedRows* x, int64_t rows, in
   }
 }
 
-template <Unpack kind, bool short_groups>
+template <Unpack kind>
 void matmul(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin, int64_t panel_end,
             float* y, int64_t ldy, int accumulate, void* scratch) {
-  constexpr int kStep = short_groups ? 16 : 32;
   const int bias =
       kind == Unpack::codebook ? 128 - kU8Bias : (kind == Unpack::u8 ? w->zero - kU8Bias : w->zero);
   const i32x16 zero = set1_i32(bias);
   if (rows <= kDirectRows) {
-    direct_panels<kind, short_groups>(w, x, rows, panel_begin, panel_end, zero, y, ldy, accumulate);
+    direct_panels<kind>(w, x, rows, panel_begin, panel_end, zero, y, ldy, accumulate);
     return;
   }
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
@@ -294,8 +296,7 @@ void matmul(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t p
       const int64_t begin = rows * t / tiles;
       const int64_t end = rows * (t + 1) / tiles;
       const Output out{y + begin * ldy + n, ldy, w->rows - n < kPanel ? w->rows - n : kPanel, accumulate};
-      panel_tile_of<is_wide(kind), short_groups>(static_cast<int>(end - begin))(unpacked, x, begin, zero,
-                                                                                out);
+      panel_tile_of<is_wide(kind)>(static_cast<int>(end - begin))(unpacked, x, begin, zero, out);
     }
   }
 }
@@ -304,31 +305,26 @@ void matmul(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t p
 
 void matmul_q(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
               int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch) {
-  const bool short_groups = w->group == 16;
-#define FASTLLM_CASE(kind)                                                                            \
-  (short_groups ? matmul<kind, true>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch) \
-                : matmul<kind, false>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch))
   switch (w->kind) {
     case Codes::u4:
       if (w->codebook != nullptr) {
-        FASTLLM_CASE(Unpack::codebook);
+        matmul<Unpack::codebook>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
       } else {
-        FASTLLM_CASE(Unpack::u4);
+        matmul<Unpack::u4>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
       }
       break;
     case Codes::u5:
-      FASTLLM_CASE(Unpack::u5);
+      matmul<Unpack::u5>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
       break;
     case Codes::u6:
-      FASTLLM_CASE(Unpack::u6);
+      matmul<Unpack::u6>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
       break;
     case Codes::u8:
-      FASTLLM_CASE(Unpack::u8);
+      matmul<Unpack::u8>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
       break;
     default:
       break;
   }
-#undef FASTLLM_CASE
 }
 
 }  // namespace fastllm::FASTLLM_ISA

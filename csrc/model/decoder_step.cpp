@@ -33,14 +33,10 @@ QuantizedRows Decoder::quantized(std::int64_t cols) {
   out.q = reinterpret_cast<std::int8_t*>(p);
   p += rows * wide;
   out.scale = reinterpret_cast<float*>(p);
-  p += rows * wide / 32 * 4;
-  out.sums32 = reinterpret_cast<std::int32_t*>(p);
-  p += rows * wide / 32 * 4;
-  out.fsums32 = reinterpret_cast<float*>(p);
-  p += rows * wide / 32 * 4;
-  out.sums16 = reinterpret_cast<std::int32_t*>(p);
-  p += rows * wide / 16 * 4;
-  out.fsums16 = reinterpret_cast<float*>(p);
+  p += rows * wide / kActivationGroup * 4;
+  out.sums = reinterpret_cast<std::int32_t*>(p);
+  p += rows * wide / kActivationGroup * 4;
+  out.fsums = reinterpret_cast<float*>(p);
   return out;
 }
 
@@ -60,10 +56,10 @@ void Decoder::reserve(const StepInput& in) {
   up_.reserve(floats(in.tokens * c.ffn_dim));
   for (AlignedBuffer* table : {&cos_, &sin_, &cos_sliding_, &sin_sliding_})
     table->reserve(floats(in.tokens * c.rotary_dim / 2));
-  // Per column: a code, 3 words per 32 and 2 per 16.
+  // Per column a code, per group three words.
   const std::int64_t widest = ceil_div(std::max({c.dim, heads, c.ffn_dim}), 32) * 32;
   quantized_rows_ = rows;
-  quantized_.reserve(static_cast<std::size_t>(rows * (widest + widest / 32 * 12 + widest / 16 * 8)));
+  quantized_.reserve(static_cast<std::size_t>(rows * (widest + widest / kActivationGroup * 12)));
   logits_.reserve(floats(std::min(in.rows, kRowsAtOnce) * c.vocab_size));
 
   std::int64_t scratch = static_cast<std::int64_t>(

@@ -78,7 +78,7 @@ def dequantize_ggml(dtype: str, data: UInt8Array, rows: int, cols: int) -> Float
 def quantize_rows(x: Float32Array) -> tuple[Int8Array, Float32Array]:
     """Quantize activations as `matmul` does before it multiplies with a quantized matrix.
 
-    In each row, each group of 32 columns has a scale of its own: scale = max |x| / 127, q = round(x / scale);
+    In each row, each group of 16 columns has a scale of its own: scale = max |x| / 127, q = round(x / scale);
     a group of zeros has scale 0. So x is about q * scale, to within scale / 2.
 
     Args:
@@ -86,7 +86,7 @@ def quantize_rows(x: Float32Array) -> tuple[Int8Array, Float32Array]:
 
     Returns:
         q: int8 (M, kp), kp = K rounded up to a multiple of 32, zero past K.
-        scale: float32 (M, kp / 32).
+        scale: float32 (M, kp / 16).
     """
     return _core.quantize_rows(contiguous(x))
 

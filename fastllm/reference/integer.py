@@ -14,7 +14,7 @@ Int8: TypeAlias = npt.NDArray[np.int8]
 Float32: TypeAlias = npt.NDArray[np.float32]
 
 
-def quantize_activations(x: npt.ArrayLike, group: int = 32) -> tuple[Int8, Float32]:
+def quantize_activations(x: npt.ArrayLike, group: int = 16) -> tuple[Int8, Float32]:
     """Rounds every group of a row to signed bytes, in float32 arithmetic as written here, bit for bit.
 
     amax = max |x|; scale = amax / 127; q = round_half_even(x * (127 / amax)), where the quotient is rounded
@@ -45,7 +45,7 @@ def quantize_activations(x: npt.ArrayLike, group: int = 32) -> tuple[Int8, Float
     return q, scale
 
 
-def dequantize_activations(q: npt.ArrayLike, scale: npt.ArrayLike, group: int = 32) -> Float64:
+def dequantize_activations(q: npt.ArrayLike, scale: npt.ArrayLike, group: int = 16) -> Float64:
     """scale * q, exact.
 
     Args:
@@ -67,7 +67,7 @@ def integer_matmul(
     scale: npt.ArrayLike,
     minimum: npt.ArrayLike | None = None,
     *,
-    q_group: int = 32,
+    q_group: int = 16,
     group: int = 32,
 ) -> Float64:
     """y[m, n] = sum over groups of q_scale * scale * (q . codes) + q_scale * minimum * sum(q).
