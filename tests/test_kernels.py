@@ -120,7 +120,8 @@ def test_quantize_rows(data: st.DataObject) -> None:
         got_q, got_scale = _core.quantize_rows(x, isa=isa)
         np.testing.assert_array_equal(got_q[:, : x.shape[1]], q, err_msg=isa)
         assert not got_q[:, x.shape[1] :].any()
-        np.testing.assert_array_equal(got_scale, scale, err_msg=isa)
+        np.testing.assert_array_equal(got_scale[:, : scale.shape[1]], scale, err_msg=isa)
+        assert not got_scale[:, scale.shape[1] :].any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -128,7 +129,7 @@ def test_quantize_rows_keeps_what_is_not_a_number_visible(isa: str, bad: float) 
     x = np.ones((2, 96), dtype=np.float32)
     x[1, 40] = bad
     _q, scale = _core.quantize_rows(x, isa=isa)
-    assert np.isnan(scale[1]).tolist() == [False, True, False]
+    assert np.flatnonzero(np.isnan(scale[1])).tolist() == [40 // 16]
     assert np.isfinite(scale[0]).all()
     packed = _core.PackedMatrix.quantize(np.ones((16, 96), dtype=np.float32), 8, 32)
     y = _core.matmul(x, packed, isa=isa)
