@@ -1,8 +1,8 @@
 # distutils: language = c++
 """A client of fastllm's C-level interface: what a serving framework written in Cython would do.
 
-It drives the scheduler through `cpdef` calls, without Python's attribute lookup, reads fields that Python does
-not see, and keeps a block table of its own as a C++ vector.
+It drives the scheduler through `cpdef` calls, without Python's attribute lookup, reads fields that Python
+does not see, and keeps a block table of its own as a C++ vector.
 """
 
 from libc.stdint cimport int32_t
@@ -38,7 +38,7 @@ cdef class Reservation:
 
 
 def run_step(Scheduler scheduler not None, Sequence sequence not None):
-    """Schedules one step. Returns its tokens, whether `sequence` runs, and its numbers of tokens and blocks."""
+    """Schedules a step. Returns its tokens, whether `sequence` runs, and how many tokens and blocks it has."""
     cdef StepBatch batch = scheduler.schedule()
     if batch is None:
         return None
