@@ -38,7 +38,7 @@ cdef class Reservation:
 
 
 def run_step(Scheduler scheduler not None, Sequence sequence not None):
-    """Schedules a step. Returns its tokens, whether `sequence` runs, and how many tokens and blocks it has."""
+    """Schedules a step. Returns its tokens, whether `sequence` runs, and its tokens and blocks."""
     cdef StepBatch batch = scheduler.schedule()
     if batch is None:
         return None
