@@ -5,8 +5,8 @@
 Perplexity, divergence of the distributions (KL, nats) and how often the most likely token is the same, on the
 fixed texts of tests/data/quality and, with --stdlib, on as many tokens each of Python's own documentation and
 sources, which differ between Python versions; for every type of KV cache. Then the greedy continuations of
-tests/fidelity.py. --parts rounds the reference's activations to int8 in groups of 32, all or the inputs of one
-kind of matrix, and in other ways that could be had: what that alone costs. The reference, and what it is
+tests/fidelity.py. --parts rounds the reference's activations to int8 in groups of 32, all or the inputs of
+one kind of matrix, and in other ways that could be had: what that alone costs. The reference, and what it is
 checked against: tests/fidelity.py, tests/test_quality.py.
 
 The figures do not depend on the machine's speed. Any GGUF file of a llama-like model can stand in for the
@@ -132,8 +132,8 @@ def to_int8(x: torch.Tensor, group: int = 32) -> torch.Tensor:
 
 
 def to_two_planes(x: torch.Tensor, threshold: float) -> torch.Tensor:
-    """As to_int8, but where amax^2 of a group is above threshold times its mean over the row's groups, what the
-    rounding left over is rounded to int8 as well and added."""
+    """As to_int8, but where amax^2 of a group is above threshold times its mean over the row's groups, what
+    the rounding left over is rounded to int8 as well and added."""
     once = to_int8(x)
     largest = x.reshape(*x.shape[:-1], -1, 32).abs().amax(-1).square()
     chosen = largest > threshold * largest.mean(-1, keepdim=True)

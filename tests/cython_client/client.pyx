@@ -1,8 +1,8 @@
 # distutils: language = c++
 """A client of fastllm's C-level interface: what a serving framework written in Cython would do.
 
-It drives the scheduler through `cpdef` calls that do not go through Python's attribute lookup, reads fields that
-Python does not see, and keeps a block table of its own as a C++ vector.
+It drives the scheduler through `cpdef` calls, without Python's attribute lookup, reads fields that Python
+does not see, and keeps a block table of its own as a C++ vector.
 """
 
 from libc.stdint cimport int32_t
@@ -38,10 +38,9 @@ cdef class Reservation:
 
 
 def run_step(Scheduler scheduler not None, Sequence sequence not None):
-    """Schedules one step. Returns its tokens, whether `sequence` runs, and how many tokens and blocks it has."""
+    """Schedules a step. Returns its tokens, whether `sequence` runs, and its tokens and blocks."""
     cdef StepBatch batch = scheduler.schedule()
     if batch is None:
         return None
-    return (
-        batch.num_tokens, sequence.state_code == SEQUENCE_RUNNING, sequence.tokens.size(), sequence.blocks.size()
-    )
+    running = sequence.state_code == SEQUENCE_RUNNING
+    return batch.num_tokens, running, sequence.tokens.size(), sequence.blocks.size()
