@@ -5,8 +5,8 @@
 Perplexity, divergence of the distributions (KL, nats) and how often the most likely token is the same, on the
 fixed texts of tests/data/quality and, with --stdlib, on as many tokens each of Python's own documentation and
 sources, which differ between Python versions; for every type of KV cache. Then the greedy continuations of
-tests/fidelity.py. --parts rounds the reference's activations to int8 in groups of 32, all or the inputs of one
-kind of matrix, and in other ways that could be had: what that alone costs. The reference, and what it is
+tests/fidelity.py. --parts rounds the reference's activations to int8 in groups of 32, all or the inputs of
+one kind of matrix, and in other ways that could be had: what that alone costs. The reference, and what it is
 checked against: tests/fidelity.py, tests/test_quality.py.
 
 The figures do not depend on the machine's speed. Any GGUF file of a llama-like model can stand in for the
@@ -132,7 +132,7 @@ def to_int8(x: torch.Tensor, group: int = 32) -> torch.Tensor:
 
 
 def to_two_planes(x: torch.Tensor, threshold: float) -> torch.Tensor:
-    """As to_int8, but where amax^2 of a group is above threshold times its mean over the row's groups, what the
+    """As to_int8; where amax^2 of a group is above threshold times its mean over the row's groups, what the
     rounding left over is rounded to int8 as well and added."""
     once = to_int8(x)
     largest = x.reshape(*x.shape[:-1], -1, 32).abs().amax(-1).square()
@@ -233,13 +233,18 @@ def main() -> None:
                 for dtype in KV_CACHE_DTYPES
             }
         record["results"] = compare(texts, plain, sides)
+        _write(record, options.json)
         if options.parts:
             sides = {name: rounding_side(reference, name) for name in ROUNDINGS}
             record["parts"] = compare(fixed, plain, sides)
     print()
     print_table({**record["results"], **record.get("parts", {})})
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    _write(record, options.json)
+
+
+def _write(record: Mapping[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _executor(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str) -> CpuExecutor:
