@@ -132,8 +132,8 @@ def to_int8(x: torch.Tensor, group: int = 32) -> torch.Tensor:
 
 
 def to_two_planes(x: torch.Tensor, threshold: float) -> torch.Tensor:
-    """As to_int8, but where amax^2 of a group is above threshold times its mean over the row's groups, what
-    the rounding left over is rounded to int8 as well and added."""
+    """As to_int8; where amax^2 of a group is above threshold times its mean over the row's groups, what the
+    rounding left over is rounded to int8 as well and added."""
     once = to_int8(x)
     largest = x.reshape(*x.shape[:-1], -1, 32).abs().amax(-1).square()
     chosen = largest > threshold * largest.mean(-1, keepdim=True)
@@ -233,13 +233,18 @@ def main() -> None:
                 for dtype in KV_CACHE_DTYPES
             }
         record["results"] = compare(texts, plain, sides)
+        _write(record, options.json)
         if options.parts:
             sides = {name: rounding_side(reference, name) for name in ROUNDINGS}
             record["parts"] = compare(fixed, plain, sides)
     print()
     print_table({**record["results"], **record.get("parts", {})})
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    _write(record, options.json)
+
+
+def _write(record: Mapping[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _executor(checkpoint: Checkpoint, spec: DecoderSpec, dtype: str) -> CpuExecutor:
