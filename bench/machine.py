@@ -16,12 +16,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _shown(argument: str) -> str:
+    """An argument as a record keeps it: of an absolute path the last part, which says what it was."""
+    return os.path.basename(argument) if os.path.isabs(argument) else argument
+
+
 def describe(packages: Sequence[str] = ()) -> dict[str, Any]:
     """Command, date, commit, processor, memory, instruction set and versions of the given packages."""
     from fastllm import _core
 
     return {
-        "command": " ".join(["python", *(os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:])]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *map(_shown, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
         "processor": _processor(),
