@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import pty
@@ -26,6 +27,22 @@ from fastllm.cli.text import for_terminal, speed
 from fastllm.outputs import RequestMetrics, RequestOutput
 
 ROOT = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def interruptible(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that Ctrl-C reaches, as in a terminal: a shell starts background jobs with SIGINT ignored, and
+    what is ignored is inherited. It does not outlive a test that fails."""
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, preexec_fn=heed, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 @pytest.fixture
@@ -243,7 +260,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     )
     leader, follower = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
-    with subprocess.Popen(
+    with interruptible(
         [sys.executable, str(program)], stdin=follower, stdout=follower, stderr=follower, env=environment
     ) as process:
         os.close(follower)
@@ -387,7 +404,7 @@ def test_a_reader_that_goes_away_is_no_error(default_model_path: Path) -> None:
 @pytest.mark.model
 def test_an_interrupted_program_says_nothing(default_model_path: Path) -> None:
     command = [sys.executable, "-m", "fastllm", "generate", "--ignore-eos", "--max-tokens", "4000"]
-    with subprocess.Popen(
+    with interruptible(
         [*command, "--model", str(default_model_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
