@@ -161,11 +161,13 @@ struct Kernels {
   int64_t (*argmax)(const float* x, int64_t n);             // the lowest index among equals; NaN never wins
 };
 
-// Bytes of scratch that one thread of matmul_q needs: a panel unpacked to bytes, and its scales and mins in
-// fp32.
+constexpr int kMatmulRowsAtOnce = 96;  // rows that share one unpacking of a panel
+
+// Bytes of scratch that one thread of matmul_q needs: two panels unpacked to bytes, their scales and mins in
+// fp32, two words for each row and step of 16 columns.
 static inline int64_t matmul_scratch_bytes(const PackedView* w) {
-  const int64_t groups = w->kp / kActivationGroup;
-  return w->kp * kPanel + 2 * groups * kPanel * 4 + 256;
+  const int64_t steps = w->kp / kActivationGroup;
+  return 2 * w->kp * kPanel + 4 * steps * kPanel * 4 + kMatmulRowsAtOnce * steps * 8;
 }
 
 }  // namespace fastllm

@@ -1,24 +1,26 @@
-// y[m, n] = sum over groups g, ascending, of  scale[n, g] * xscale[m, g] * sum_{k in g} (code[n, k] - zero)
-// xq[m, k]
-//           + sum over groups g, ascending, of  min[n, g] * xscale[m, g] * sum_{k in g} xq[m, k]
-// for weights in packed codes and activations in int8.
+// y[m, n] = sum over weight groups g, ascending, of  scale[n, g] * t[m, n, g]
+//           + sum over weight groups g, ascending, of  min[n, g] * f[m, g]
+//   t[m, n, g] = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} (code[n, k] - zero) xq[m,
+//   k] f[m, g]    = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} xq[m, k]
+// for weights in packed codes and activations in int8. A step is 16 columns, the group of the activations; a
+// weight group is one step or several.
 //
-// Numerics: the inner sum is an exact int32 (|sum| <= 16 * 255 * 127). Each step of 16 columns, the group of
-// the activations, ends in one fp32 FMA per output, acc = fma(float(sum), scale * xscale, acc); minimums have
-// an accumulator of their own, added once at the end. An output's sequence of operations is thus the same for
-// any number of rows, any tile and any instruction set.
+// Numerics: the inner sum over k is an exact int32 (|sum| <= 16 * 255 * 127). t starts at +0 and takes one
+// fp32 FMA per step, the output's accumulator one FMA per group; minimums have an accumulator of their own,
+// added once at the end. An output's sequence of operations is thus the same for any number of rows, any tile
+// and any instruction set. Lanes never meet, so everything is written on native vectors: a column is kLanes
+// outputs.
 //
 // Two paths, same arithmetic:
 //   direct   up to kDirectRows rows: codes are unpacked in registers as they stream by
-//   panel    more rows: a panel's codes, scales and minimums are unpacked once into scratch (L1 or L2), then
-//   tiles of
-//            up to kTileRows rows run over it
-// Cost on AVX-512 VNNI per row, 16 outputs and 16 columns: 4 vpdpbusd with 4 broadcasting loads of the
-// activation quad, 1 multiplication for the zero point, 1 conversion, 1 multiplication by the scales, 1 FMA;
-// per panel and 16 columns 4 loads (panel path) or 2 loads and 6 logic operations (direct path), shared by
-// the tile's rows. The tile keeps two registers a row; at 12 rows no vector leaves the registers inside the
-// loop, the row pointers partly do. With 16 ymm (AVX2, where two make a vector) 4 rows spill some
-// accumulators once per step; vpmaddubsw takes 3 instructions for what vpdpbusd does in one.
+//   panel    more rows: the codes, scales and minimums of one or two panels are unpacked once into scratch
+//   (L1
+//            or L2), then tiles of R rows x C columns run over them
+// Cost on AVX-512 VNNI per row, 16 outputs and 32 columns that share a scale: 8 vpdpbusd, 2 conversions, 3
+// FMAs, and one more FMA with minimums: at one vpdpbusd or FMA a cycle 73 % (67 %) of the peak of vpdpbusd.
+// Loads per row: 8 activation quads, 2 starts, 2 scales, each shared by C columns; per column 8 lines, shared
+// by R rows. Live vectors: 2 R C (accumulator and t), 4 C lines, C sums, 1 broadcast: 29 of 32 at 4 x 2, 22
+// at 8 x 1. With 16 ymm (AVX2) 4 x 1 keeps 14.
 #include "kernels/ops.h"
 #include "kernels/unpack.h"
 
@@ -29,274 +31,351 @@ constexpr int kStep = kActivationGroup;
 static_assert(kStep == 16, "a step is four lines of four columns");
 
 #if defined(FASTLLM_ISA_avx512vnni)
-constexpr int kTileRows = 12;
-constexpr int kDirectRows = 4;
+constexpr int kTileRows = 8;     // rows of a tile one column wide
+constexpr int kTwinRows = 4;     // rows of a tile two columns wide
+constexpr int kDirectRows = 16;  // as many rows as unpack in registers at less than unpacking once costs
 #else
 constexpr int kTileRows = 4;
-constexpr int kDirectRows = 2;
+constexpr int kTwinRows = 0;  // too few registers
+constexpr int kDirectRows = 4;
 #endif
 
-// ---- what both paths share: the steps of one tile of R rows
-// ------------------------------------------------
+constexpr int64_t kRowsAtOnce = kMatmulRowsAtOnce;  // rows whose starts and sums lie in scratch
 
-// Integer sums of `quads` lines starting at line `first`, for R rows. Lines come from `line(index constant)`.
-template <bool wide, int R>
-struct Sums {
-  i32x16 value[R];
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  FASTLLM_INLINE void start(const int32_t* const* minus_sums, int64_t at, i32x16 zero) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) value[r] = mul(set1_i32(minus_sums[r][at]), zero);
-  }
-  FASTLLM_INLINE void add_line(u8x64 w, const int8_t* const* q, int64_t k) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const i32x16 a = broadcast_quad(q[r] + k);
-      value[r] = wide ? dot_u8(value[r], w, a) : dot_small(value[r], w, a);
-    }
-  }
-};
+// ---- activations -----------------------------------------------------------------------------------------
 
-// Pointers to R rows of activations.
-template <int R>
-struct Rows {
-  const int8_t* q[R];
-  const float* scale[R];
-  const int32_t* sums[R];
-  const float* fsums[R];
+// A run of rows, with what depends on the weights' format.
+struct Activations {
+  const int8_t* q;      // (rows, kp)
+  const float* scales;  // (rows, steps)
+  const int32_t*
+      starts;         // (rows, steps): -zero times the sum of q over the step, where its dot product begins
+  const float* sums;  // (rows, groups): f; with minimums only
+  int64_t kp;
+  int64_t steps;
+  int64_t groups;
+  int64_t blocks_per_group;  // of 32 columns; 0 when a group is one step
 
-  Rows(const QuantizedRows* x, int64_t m) {
-    for (int r = 0; r < R; ++r) {
-      const QuantizedRows row = x->from_row(m + r);
-      q[r] = row.q;
-      scale[r] = row.scale;
-      sums[r] = row.sums;
-      fsums[r] = row.fsums;
-    }
+  FASTLLM_INLINE Activations from_row(int64_t m) const {
+    return {q + m * kp, scales + m * steps, starts + m * steps, sums + m * groups, kp, steps,
+            groups,     blocks_per_group};
   }
 };
 
-struct Output {
-  float* y;  // of the tile's first row and the panel's first column
-  int64_t ldy;
-  int64_t lanes;
-  int accumulate;
-
-  FASTLLM_INLINE void put(int r, f32x16 value) const {
-    float* p = y + r * ldy;
-    if (accumulate) value = add(load_first(p, lanes, 0.0f), value);
-    store_first(p, value, lanes);
-  }
-};
-
-// ---- direct ----------------------------------------------------------------------------------------------
-
-// The step at column k, whose lines are `quad` to `quad + 3` of the eight of its 32 columns.
-template <Unpack kind, int R, int quad>
-FASTLLM_INLINE void direct_step(const PanelCodes& codes, const PanelScales<int8_t>& scales,
-                                const Rows<R>& rows, int64_t k, i32x16 zero, f32x16* acc) {
-  const int64_t step = k / kStep;
-  const int64_t first = k / 4 - quad;
-  Sums<is_wide(kind), R> sums;
-  sums.start(rows.sums, step, zero);
-  sums.add_line(codes.line<kind, quad>(first), rows.q, k);
-  sums.add_line(codes.line<kind, quad + 1>(first), rows.q, k + 4);
-  sums.add_line(codes.line<kind, quad + 2>(first), rows.q, k + 8);
-  sums.add_line(codes.line<kind, quad + 3>(first), rows.q, k + 12);
-  const f32x16 scale = scales.at(k);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-    acc[r] = fma(to_float(sums.value[r]), mul(scale, set1(rows.scale[r][step])), acc[r]);
+void multiply_by(const int32_t* values, int64_t n, int factor, int32_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = values[i] * factor;
 }
 
-template <Unpack kind, int R>
-FASTLLM_INLINE void direct_tile(const PackedView* w, int64_t panel, const QuantizedRows* x, int64_t m,
-                                i32x16 zero, Output out) {
-  const PanelCodes codes(w, panel);
-  const PanelScales<int8_t> scales(w->scales, w->subscales, w, panel);
-  const Rows<R> rows(x, m);
-  f32x16 acc[R];
-  for (int r = 0; r < R; ++r) acc[r] = zero_f32();
-  for (int64_t k = 0; k < w->kp; k += 2 * kStep) {  // two steps: the lines that share an extra plane's line
-    direct_step<kind, R, 0>(codes, scales, rows, k, zero, acc);
-    direct_step<kind, R, 4>(codes, scales, rows, k + kStep, zero, acc);
+// f of one row.
+void sum_groups(const float* steps, int64_t count, int64_t per_group, float* out) {
+  for (int64_t s = 0; s < count; s += per_group) {
+    float total = steps[s];
+    for (int64_t i = s + 1; i < min_of(s + per_group, count); ++i) total += steps[i];
+    *out++ = total;
   }
+}
+
+Activations prepare(const PackedView* w, const QuantizedRows* x, int64_t first, int64_t rows, int zero,
+                    int32_t* starts, float* sums) {
+  const QuantizedRows from = x->from_row(first);
+  const int64_t steps = x->kp / kStep, per_group = w->group / kStep;
+  const int64_t groups = (steps + per_group - 1) / per_group;
+  multiply_by(from.sums, rows * steps, zero, starts);
   if (w->mins != nullptr) {
-    const PanelScales<uint8_t> mins(w->mins, w->submins, w, panel);
-    f32x16 low[R];
-    for (int r = 0; r < R; ++r) low[r] = zero_f32();
-    for (int64_t k = 0, step = 0; k < w->kp; k += kStep, ++step) {
-      const f32x16 least = mins.at(k);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) low[r] = fma(least, set1(rows.fsums[r][step]), low[r]);
-    }
-    for (int r = 0; r < R; ++r) acc[r] = add(acc[r], low[r]);
+    for (int64_t m = 0; m < rows; ++m)
+      sum_groups(from.fsums + m * steps, steps, per_group, sums + m * groups);
   }
-  for (int r = 0; r < R; ++r) out.put(r, acc[r]);
+  return {from.q, from.scale, starts, sums, x->kp, steps, groups, w->group / (2 * kStep)};
 }
 
-// ---- panel -----------------------------------------------------------------------------------------------
+// ---- where a tile's weights come from
+// ----------------------------------------------------------------------
 
-// A panel unpacked: bytes (kp/4, 64), scales and minimums (kp/step, 16) in fp32.
+// One panel as it is stored, from native part `part` on.
+template <Unpack kind>
+struct Packed {
+  static constexpr int kBits = line_bits(kind);
+  PanelCodes codes;
+  PanelScales<int8_t> scales;
+  PanelScales<uint8_t> mins;
+  int part;
+
+  // Line `quad` of the eight of columns 32 * block to + 31.
+  template <int quad>
+  FASTLLM_INLINE vb line(int64_t block, int c) const {
+    return codes.template line<kind, quad>(block, part + c);
+  }
+  FASTLLM_INLINE vf scale(int64_t g, int c) const { return scales.at(g, part + c); }
+  FASTLLM_INLINE vf minimum(int64_t g, int c) const { return mins.at(g, part + c); }
+};
+
+// Panels unpacked: bytes (panels, kp/4, 64), scales and minimums (panels, groups, 16) in fp32; from native
+// part `part` of the first on.
+template <int bits>
 struct Unpacked {
+  static constexpr int kBits = bits;
   const uint8_t* bytes;
   const float* scales;
-  const float* mins;  // or null
+  const float* mins;
   int64_t kp;
+  int64_t groups;
+  int part;
+
+  template <int quad>
+  FASTLLM_INLINE vb line(int64_t block, int c) const {
+    const int64_t panel = (part + c) / kParts, lane = (part + c) % kParts;
+    return vb_load(bytes + panel * kp * kPanel + block * 512 + quad * 64 + lane * kLineBytes);
+  }
+  FASTLLM_INLINE vf scale(int64_t g, int c) const { return value(scales, g, c); }
+  FASTLLM_INLINE vf minimum(int64_t g, int c) const { return value(mins, g, c); }
+  FASTLLM_INLINE vf value(const float* from, int64_t g, int c) const {
+    const int64_t panel = (part + c) / kParts, lane = (part + c) % kParts;
+    return v_load(from + (panel * groups + g) * kPanel + lane * kLanes);
+  }
 };
+
+// ---- a tile of R rows and C columns
+// ------------------------------------------------------------------------
+
+struct Output {
+  float* y;  // of the tile's first row and first output
+  int64_t ldy;
+  int64_t outputs;  // from there to the end of the matrix
+  int accumulate;
+
+  FASTLLM_INLINE void put(int r, int c, vf value) const {
+    float* p = y + r * ldy + c * kLanes;
+    const int64_t left = outputs - c * kLanes;
+    if (left >= kLanes) {
+      if (accumulate) value = v_add(v_load(p), value);
+      v_store(p, value);
+      return;
+    }
+    alignas(64) float lanes[kLanes];
+    v_store(lanes, value);
+    for (int64_t i = 0; i < left; ++i) p[i] = accumulate ? p[i] + lanes[i] : lanes[i];
+  }
+};
+
+// One step of a block of 32 columns, whose lines are `quad` to `quad + 3` of the block's eight.
+template <int R, int C, int quad, typename Weights>
+FASTLLM_INLINE void add_step(const Weights& weights, const Activations& x, int64_t block, vf (&t)[R][C]) {
+  const int64_t step = 2 * block + quad / 4;
+  vb w[C][4];
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
+    w[c][0] = weights.template line<quad>(block, c);
+    w[c][1] = weights.template line<quad + 1>(block, c);
+    w[c][2] = weights.template line<quad + 2>(block, c);
+    w[c][3] = weights.template line<quad + 3>(block, c);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const int8_t* q = x.q + r * x.kp + step * kStep;
+    const vi a[4] = {broadcast_quad(q), broadcast_quad(q + 4), broadcast_quad(q + 8), broadcast_quad(q + 12)};
+    const vi start = vi_set1(x.starts[r * x.steps + step]);
+    const vf scale = v_set1(x.scales[r * x.steps + step]);
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c)
+      t[r][c] = v_fma(v_from_int(dot16<Weights::kBits>(start, w[c], a)), scale, t[r][c]);
+  }
+}
+
+// acc = scale * t + acc at the end of group g; t begins anew.
+template <int R, int C, typename Weights>
+FASTLLM_INLINE void end_group(const Weights& weights, int64_t g, vf (&t)[R][C], vf (&acc)[R][C]) {
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
+    const vf scale = weights.scale(g, c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      acc[r][c] = v_fma(t[r][c], scale, acc[r][c]);
+      t[r][c] = v_set1(0.0f);
+    }
+  }
+}
+
+// fine: a group is one step. mins: there are minimums.
+template <int R, int C, bool fine, typename Weights>
+__attribute__((noinline)) void tile(const Weights& weights, const Activations& x, bool mins,
+                                    const Output& out) {
+  vf acc[R][C], t[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) acc[r][c] = t[r][c] = v_set1(0.0f);
+  }
+  const int64_t blocks = x.steps / 2;
+  if constexpr (fine) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      add_step<R, C, 0>(weights, x, block, t);
+      end_group(weights, 2 * block, t, acc);
+      add_step<R, C, 4>(weights, x, block, t);
+      end_group(weights, 2 * block + 1, t, acc);
+    }
+  } else {
+    for (int64_t block = 0, g = 0; block < blocks; ++g) {
+      const int64_t end = min_of(block + x.blocks_per_group, blocks);
+      do {
+        add_step<R, C, 0>(weights, x, block, t);
+        add_step<R, C, 4>(weights, x, block, t);
+      } while (++block < end);
+      end_group(weights, g, t, acc);
+    }
+  }
+  if (mins) {
+    for (int64_t g = 0; g < x.groups; ++g) {
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        const vf least = weights.minimum(g, c);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) t[r][c] = v_fma(least, v_set1(x.sums[r * x.groups + g]), t[r][c]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) acc[r][c] = v_add(acc[r][c], t[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) out.put(r, c, acc[r][c]);
+  }
+}
+
+// `rows` rows in tiles of the sizes below that add up to them; the column count of a tile is C.
+template <int C, int R, bool fine, typename Weights>
+void tiles_of(const Weights& weights, const Activations& x, int64_t begin, int64_t rows, bool mins,
+              const Output& out) {
+  int64_t m = begin;
+  for (; m + R <= rows; m += R)
+    tile<R, C, fine>(weights, x.from_row(m), mins,
+                     {out.y + m * out.ldy, out.ldy, out.outputs, out.accumulate});
+  if constexpr (R > 1) {
+    if (m < rows) tiles_of<C, R / 2, fine>(weights, x, m, rows, mins, out);
+  }
+}
+
+// ---- paths -----------------------------------------------------------------------------------------------
+
+// What one call of matmul_q computes, besides its activations.
+struct Job {
+  const PackedView* w;
+  int64_t rows;
+  int64_t panel_begin, panel_end;
+  float* y;
+  int64_t ldy;
+  int accumulate;
+
+  Output output(int64_t panel, int part) const {
+    const int64_t n = panel * kPanel + part * kLanes;
+    return {y + n, ldy, w->rows - n, accumulate};
+  }
+};
+
+template <Unpack kind, bool fine>
+void direct(const Job& job, const Activations& x) {
+  const PackedView* w = job.w;
+  for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
+    Packed<kind> weights{PanelCodes(w, panel), PanelScales<int8_t>(w->scales, w->subscales, w, panel),
+                         PanelScales<uint8_t>(w->mins, w->submins, w, panel), 0};
+    for (; weights.part < kParts; ++weights.part)
+      tiles_of<1, kTileRows, fine>(weights, x, 0, job.rows, w->mins != nullptr,
+                                   job.output(panel, weights.part));
+  }
+}
 
 template <Unpack kind>
 void unpack_codes(const PackedView* w, int64_t panel, uint8_t* bytes) {
   const PanelCodes codes(w, panel);
-  for (int64_t first = 0; first < w->kp / 4; first += 8) {
-    store_line(bytes + (first + 0) * 64, codes.line<kind, 0>(first));
-    store_line(bytes + (first + 1) * 64, codes.line<kind, 1>(first));
-    store_line(bytes + (first + 2) * 64, codes.line<kind, 2>(first));
-    store_line(bytes + (first + 3) * 64, codes.line<kind, 3>(first));
-    store_line(bytes + (first + 4) * 64, codes.line<kind, 4>(first));
-    store_line(bytes + (first + 5) * 64, codes.line<kind, 5>(first));
-    store_line(bytes + (first + 6) * 64, codes.line<kind, 6>(first));
-    store_line(bytes + (first + 7) * 64, codes.line<kind, 7>(first));
+  for (int64_t block = 0; block < w->kp / 32; ++block) {
+    for (int part = 0; part < kParts; ++part) {
+      uint8_t* to = bytes + block * 512 + part * kLineBytes;
+      vb_store(to + 0 * 64, codes.line<kind, 0>(block, part));
+      vb_store(to + 1 * 64, codes.line<kind, 1>(block, part));
+      vb_store(to + 2 * 64, codes.line<kind, 2>(block, part));
+      vb_store(to + 3 * 64, codes.line<kind, 3>(block, part));
+      vb_store(to + 4 * 64, codes.line<kind, 4>(block, part));
+      vb_store(to + 5 * 64, codes.line<kind, 5>(block, part));
+      vb_store(to + 6 * 64, codes.line<kind, 6>(block, part));
+      vb_store(to + 7 * 64, codes.line<kind, 7>(block, part));
+    }
   }
 }
 
 template <typename Sub>
-void unpack_scales(const PanelScales<Sub>& scales, int64_t kp, int step, float* out) {
-  for (int64_t k = 0; k < kp; k += step, out += kPanel) store(out, scales.at(k));
+void unpack_scales(const PanelScales<Sub>& scales, int64_t groups, float* out) {
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int part = 0; part < kParts; ++part) v_store(out + g * kPanel + part * kLanes, scales.at(g, part));
+  }
 }
 
-template <bool wide, int R>
-void panel_tile(const Unpacked& panel, const QuantizedRows* x, int64_t m, i32x16 zero, Output out) {
-  const Rows<R> rows(x, m);
-  f32x16 acc[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) acc[r] = zero_f32();
-  const uint8_t* line = panel.bytes;
-  for (int64_t k = 0, step = 0; k < panel.kp; k += kStep, ++step) {
-    Sums<wide, R> sums;
-    sums.start(rows.sums, step, zero);
-#pragma GCC unroll 8
-    for (int quad = 0; quad < kStep / 4; ++quad, line += 64)
-      sums.add_line(load_line(line), rows.q, k + 4 * quad);
-    const f32x16 scale = load(panel.scales + step * kPanel);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      acc[r] = fma(to_float(sums.value[r]), mul(scale, set1(rows.scale[r][step])), acc[r]);
-  }
-  if (panel.mins != nullptr) {
-    f32x16 low[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) low[r] = zero_f32();
-    for (int64_t step = 0; step < panel.kp / kStep; ++step) {
-      const f32x16 least = load(panel.mins + step * kPanel);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) low[r] = fma(least, set1(rows.fsums[r][step]), low[r]);
+// Scratch of the panel path: two panels.
+struct PanelScratch {
+  uint8_t* bytes;
+  float* scales;
+  float* mins;
+};
+
+template <int bits, bool fine>
+void panel_tiles(const Job& job, const Activations& x, Unpacked<bits> weights, int64_t panel, int panels) {
+  const bool mins = job.w->mins != nullptr;
+  if constexpr (kTwinRows > 0) {
+    if (panels == 2) {
+      tiles_of<2, kTwinRows, fine>(weights, x, 0, job.rows, mins, job.output(panel, 0));
+      return;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r] = add(acc[r], low[r]);
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) out.put(r, acc[r]);
+  for (; weights.part < panels * kParts; ++weights.part)
+    tiles_of<1, kTileRows, fine>(weights, x, 0, job.rows, mins, job.output(panel, weights.part));
 }
 
-// ---- choosing --------------------------------------------------------------------------------------------
-
-using PanelTile = void (*)(const Unpacked&, const QuantizedRows*, int64_t, i32x16, Output);
-
-template <bool wide>
-PanelTile panel_tile_of(int rows) {
-  switch (rows) {
-    case 1:
-      return panel_tile<wide, 1>;
-    case 2:
-      return panel_tile<wide, 2>;
-    case 3:
-      return panel_tile<wide, 3>;
-    case 4:
-      return panel_tile<wide, 4>;
-#if defined(FASTLLM_ISA_avx512vnni)
-    case 5:
-      return panel_tile<wide, 5>;
-    case 6:
-      return panel_tile<wide, 6>;
-    case 7:
-      return panel_tile<wide, 7>;
-    case 8:
-      return panel_tile<wide, 8>;
-    case 9:
-      return panel_tile<wide, 9>;
-    case 10:
-      return panel_tile<wide, 10>;
-    case 11:
-      return panel_tile<wide, 11>;
-    case 12:
-      return panel_tile<wide, 12>;
-#endif
-    default:
-      return nullptr;
+template <Unpack kind, bool fine>
+void unpacked(const Job& job, const Activations& x, const PanelScratch& scratch) {
+  const PackedView* w = job.w;
+  constexpr int kPanelsAtOnce = kTwinRows > 0 ? 2 : 1;
+  for (int64_t panel = job.panel_begin; panel < job.panel_end; panel += kPanelsAtOnce) {
+    const int panels = static_cast<int>(min_of(kPanelsAtOnce, job.panel_end - panel));
+    Unpacked<line_bits(kind)> weights{scratch.bytes, scratch.scales, scratch.mins, x.kp, x.groups, 0};
+    if constexpr (kind == Unpack::u8) weights.bytes = w->codes + panel * w->kp * kPanel;
+    for (int p = 0; p < panels; ++p) {
+      const int64_t at = p * x.groups * kPanel;
+      if constexpr (kind != Unpack::u8) unpack_codes<kind>(w, panel + p, scratch.bytes + p * w->kp * kPanel);
+      unpack_scales(PanelScales<int8_t>(w->scales, w->subscales, w, panel + p), x.groups,
+                    scratch.scales + at);
+      if (w->mins != nullptr)
+        unpack_scales(PanelScales<uint8_t>(w->mins, w->submins, w, panel + p), x.groups, scratch.mins + at);
+    }
+    panel_tiles<line_bits(kind), fine>(job, x, weights, panel, panels);
   }
 }
 
 template <Unpack kind>
-void direct_panels(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
-                   int64_t panel_end, i32x16 zero, float* y, int64_t ldy, int accumulate) {
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const int64_t n = panel * kPanel;
-    const Output out{y + n, ldy, w->rows - n < kPanel ? w->rows - n : kPanel, accumulate};
-    switch (rows) {
-      case 1:
-        direct_tile<kind, 1>(w, panel, x, 0, zero, out);
-        break;
-      case 2:
-        direct_tile<kind, 2>(w, panel, x, 0, zero, out);
-        break;
-#if defined(FASTLLM_ISA_avx512vnni)
-      case 3:
-        direct_tile<kind, 3>(w, panel, x, 0, zero, out);
-        break;
-      case 4:
-        direct_tile<kind, 4>(w, panel, x, 0, zero, out);
-        break;
-#endif
-      default:
-        break;
-    }
-  }
-}
-
-template <Unpack kind>
-void matmul(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin, int64_t panel_end,
-            float* y, int64_t ldy, int accumulate, void* scratch) {
-  const int bias =
+void matmul(const Job& all, const QuantizedRows* x, void* memory) {
+  const PackedView* w = all.w;
+  const int zero =
       kind == Unpack::codebook ? 128 - kU8Bias : (kind == Unpack::u8 ? w->zero - kU8Bias : w->zero);
-  const i32x16 zero = set1_i32(bias);
-  if (rows <= kDirectRows) {
-    direct_panels<kind>(w, x, rows, panel_begin, panel_end, zero, y, ldy, accumulate);
-    return;
-  }
-  uint8_t* bytes = static_cast<uint8_t*>(scratch);
-  float* scales = reinterpret_cast<float*>(bytes + w->kp * kPanel);
-  float* mins = scales + w->kp / kStep * kPanel;
-  // Tiles of nearly equal size: 13 rows run as 7 and 6, not as 12 and 1.
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    Unpacked unpacked{bytes, scales, nullptr, w->kp};
-    if constexpr (kind == Unpack::u8) {
-      unpacked.bytes = w->codes + panel * w->kp * kPanel;
+  const int64_t steps = w->kp / kStep;
+  PanelScratch scratch;
+  scratch.bytes = static_cast<uint8_t*>(memory);
+  scratch.scales = reinterpret_cast<float*>(scratch.bytes + 2 * w->kp * kPanel);
+  scratch.mins = scratch.scales + 2 * steps * kPanel;
+  float* sums = scratch.mins + 2 * steps * kPanel;
+  int32_t* starts = reinterpret_cast<int32_t*>(sums + kRowsAtOnce * steps);
+  for (int64_t m = 0; m < all.rows; m += kRowsAtOnce) {
+    Job job = all;
+    job.rows = min_of(kRowsAtOnce, all.rows - m);
+    job.y += m * job.ldy;
+    const Activations rows = prepare(w, x, m, job.rows, zero, starts, sums);
+    const bool few = job.rows <= kDirectRows;
+    if (w->group == kStep) {
+      few ? direct<kind, true>(job, rows) : unpacked<kind, true>(job, rows, scratch);
     } else {
-      unpack_codes<kind>(w, panel, bytes);
-    }
-    unpack_scales(PanelScales<int8_t>(w->scales, w->subscales, w, panel), w->kp, kStep, scales);
-    if (w->mins != nullptr) {
-      unpack_scales(PanelScales<uint8_t>(w->mins, w->submins, w, panel), w->kp, kStep, mins);
-      unpacked.mins = mins;
-    }
-    const int64_t n = panel * kPanel;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t begin = rows * t / tiles;
-      const int64_t end = rows * (t + 1) / tiles;
-      const Output out{y + begin * ldy + n, ldy, w->rows - n < kPanel ? w->rows - n : kPanel, accumulate};
-      panel_tile_of<is_wide(kind)>(static_cast<int>(end - begin))(unpacked, x, begin, zero, out);
+      few ? direct<kind, false>(job, rows) : unpacked<kind, false>(job, rows, scratch);
     }
   }
 }
@@ -305,25 +384,19 @@ void matmul(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t p
 
 void matmul_q(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
               int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch) {
+  const Job job{w, rows, panel_begin, panel_end, y, ldy, accumulate};
   switch (w->kind) {
     case Codes::u4:
-      if (w->codebook != nullptr) {
-        matmul<Unpack::codebook>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
-      } else {
-        matmul<Unpack::u4>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
-      }
-      break;
+      return w->codebook != nullptr ? matmul<Unpack::codebook>(job, x, scratch)
+                                    : matmul<Unpack::u4>(job, x, scratch);
     case Codes::u5:
-      matmul<Unpack::u5>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
-      break;
+      return matmul<Unpack::u5>(job, x, scratch);
     case Codes::u6:
-      matmul<Unpack::u6>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
-      break;
+      return matmul<Unpack::u6>(job, x, scratch);
     case Codes::u8:
-      matmul<Unpack::u8>(w, x, rows, panel_begin, panel_end, y, ldy, accumulate, scratch);
-      break;
+      return matmul<Unpack::u8>(job, x, scratch);
     default:
-      break;
+      return;
   }
 }
 

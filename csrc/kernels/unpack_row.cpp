@@ -30,8 +30,10 @@ void unpack_row(const PackedView* w, int64_t row, float* out) {
   alignas(64) float least[kPanel] = {};
   for (int64_t k = 0; k < w->cols; ++k) {
     if (k % 16 == 0) {
-      store(scale, scales.at(k));
-      if (w->mins != nullptr) store(least, mins.at(k));
+      for (int part = 0; part < kParts; ++part) {
+        v_store(scale + part * kLanes, scales.at(k / w->group, part));
+        if (w->mins != nullptr) v_store(least + part * kLanes, mins.at(k / w->group, part));
+      }
     }
     const int64_t at = 4 * n + k % 4;
     int code;

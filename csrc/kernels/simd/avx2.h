@@ -118,20 +118,36 @@ inline vb vb_lookup(vb table, vb index) { return _mm256_shuffle_epi8(table, inde
 #ifdef FASTLLM_ISA_avxvnni
 // VEX-coded vpdpbusd: 1 instruction for 32 products; exact for any unsigned byte.
 constexpr int kU8Bias = 0;
-inline vi dot_small(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
-inline vi dot_u8(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+template <int bits>
+inline vi dot16(vi acc, const vb* w, const vi* a) {
+  acc = _mm256_dpbusd_avx_epi32(acc, w[0], a[0]);
+  acc = _mm256_dpbusd_avx_epi32(acc, w[1], a[1]);
+  acc = _mm256_dpbusd_avx_epi32(acc, w[2], a[2]);
+  return _mm256_dpbusd_avx_epi32(acc, w[3], a[3]);
+}
 #else
-// vpmaddubsw saturates its 16-bit pair sums: exact for codes up to 127 (127 * 127 * 2 < 2^15), 3 instructions
-// for 32 products. A full byte is made signed (c - 128), and its sign moved to the activation: |c - 128| <=
-// 128 and 128 * 127 * 2 < 2^15, so that is exact too, 6 instructions.
+// vpmaddubsw saturates its 16-bit pair sums at 2^15, so products are added in 16 bits for as long as they
+// fit: codes below 2^5 four lines (31 * 127 * 2 * 4 < 2^15), below 2^6 two (63 * 127 * 2 * 2 < 2^15); 9 or 10
+// instructions for 4 lines. A full byte is made signed (c - 128), and its sign moved to the activation:
+// |c - 128| <= 128 and 128 * 127 * 2 < 2^15 for one line, so that is exact too, 6 instructions a line.
 constexpr int kU8Bias = 128;
-inline vi dot_small(vi acc, vb w, vi a) {
-  const __m256i pairs = _mm256_maddubs_epi16(w, a);
+inline vi widen_pairs(vi acc, vi pairs) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-inline vi dot_u8(vi acc, vb w, vi a) {
-  const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
-  return dot_small(acc, _mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
+template <int bits>
+inline vi dot16(vi acc, const vb* w, const vi* a) {
+  if constexpr (bits == 8) {
+    for (int i = 0; i < 4; ++i) {
+      const vi s = _mm256_xor_si256(w[i], _mm256_set1_epi8(static_cast<char>(0x80)));
+      acc = widen_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(a[i], s)));
+    }
+    return acc;
+  } else {
+    const vi low = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], a[0]), _mm256_maddubs_epi16(w[1], a[1]));
+    const vi high = _mm256_add_epi16(_mm256_maddubs_epi16(w[2], a[2]), _mm256_maddubs_epi16(w[3], a[3]));
+    if constexpr (bits <= 5) return widen_pairs(acc, _mm256_add_epi16(low, high));
+    return widen_pairs(widen_pairs(acc, low), high);
+  }
 }
 #endif
 

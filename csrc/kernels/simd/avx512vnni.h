@@ -118,8 +118,13 @@ inline vb vb_lookup(vb table, vb index) { return _mm512_shuffle_epi8(table, inde
 
 // vpdpbusd: 1 instruction for 64 products; exact for any unsigned byte.
 constexpr int kU8Bias = 0;
-inline vi dot_small(vi acc, vb w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
-inline vi dot_u8(vi acc, vb w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+template <int bits>
+inline vi dot16(vi acc, const vb* w, const vi* a) {
+  acc = _mm512_dpbusd_epi32(acc, w[0], a[0]);
+  acc = _mm512_dpbusd_epi32(acc, w[1], a[1]);
+  acc = _mm512_dpbusd_epi32(acc, w[2], a[2]);
+  return _mm512_dpbusd_epi32(acc, w[3], a[3]);
+}
 
 }  // namespace
 }  // namespace fastllm

@@ -1,4 +1,4 @@
-// The logical 16-lane vectors that all kernels are written on: f32x16, i32x16 and u8x64.
+// The logical 16-lane vectors that kernels are written on: f32x16 and i32x16.
 //
 // Each instruction set's header gives a native vector (vf floats, vi int32, vb bytes) of kLanes floats and
 // its primitives; this file composes kParts = 16 / kLanes of them. Promises, equal on every instruction set:
@@ -7,8 +7,11 @@
 //   reduce    one tree: lanes i and i+8, then i and i+4, i+2, i+1
 //   round_to_int  nearest, ties to even (the workers' rounding mode is set to nearest)
 //   f16       loads are exact, stores round to nearest even; bf16 likewise
-//   dot_small bytes <= 127 times int8 activations in [-127, 127], exact; acc += sum over the 4 bytes of a
-//   lane dot_u8    any byte c: acc += sum (c - kU8Bias) * a, exact
+//   dot16<bits>  acc += sum over the 4 lines w and their 4 bytes of a lane of w * a, exact, for 16
+//   activations
+//                a in [-127, 127]; below 8 bits the bytes are w < 2^bits, with 8 bits w stands for w -
+//                kU8Bias
+// A kernel whose lanes never meet (the quantized matmul) is written on the native vectors, a part at a time.
 // Loops over parts unroll entirely: -O3 leaves no array in memory.
 #pragma once
 
@@ -22,15 +25,13 @@ namespace fastllm {
 namespace {
 
 constexpr int kParts = 16 / kLanes;
+constexpr int kLineBytes = 4 * kLanes;  // bytes of a native vector
 
 struct f32x16 {
   vf part[kParts];
 };
 struct i32x16 {
   vi part[kParts];
-};
-struct u8x64 {
-  vb part[kParts];
 };
 
 #define FASTLLM_EACH _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i)
@@ -81,8 +82,6 @@ FASTLLM_BINARY(bit_and, i32x16, vi_and)
 FASTLLM_BINARY(bit_or, i32x16, vi_or)
 FASTLLM_BINARY(greater, i32x16, vi_gt)
 FASTLLM_BINARY(equal, i32x16, vi_eq)
-FASTLLM_BINARY(bit_and, u8x64, vb_and)
-FASTLLM_BINARY(bit_or, u8x64, vb_or)
 #undef FASTLLM_BINARY
 
 FASTLLM_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
@@ -187,58 +186,23 @@ FASTLLM_INLINE i32x16 shift_right_arithmetic(i32x16 x) {
   return r;
 }
 
-// ---- u8x64 ----------------------------------------------------------------------------------------------
-FASTLLM_INLINE u8x64 load_line(const uint8_t* p) {
-  u8x64 r;
-  FASTLLM_EACH r.part[i] = vb_load(p + i * kLanes * 4);
-  return r;
-}
-FASTLLM_INLINE void store_line(uint8_t* p, u8x64 x) { FASTLLM_EACH vb_store(p + i * kLanes * 4, x.part[i]); }
-FASTLLM_INLINE u8x64 set1_u8(int x) {
-  u8x64 r;
-  FASTLLM_EACH r.part[i] = vb_set1(x);
-  return r;
-}
+// ---- bytes ----------------------------------------------------------------------------------------------
 // n > 0: right, n < 0: left, in 16-bit units; the caller masks what crosses a byte.
 template <int n>
-FASTLLM_INLINE u8x64 shift(u8x64 x) {
+FASTLLM_INLINE vb shift(vb x) {
   if constexpr (n == 0) {
     return x;
+  } else if constexpr (n > 0) {
+    return vb_shr<(n > 0 ? n : 0)>(x);
   } else {
-    u8x64 r;
-    FASTLLM_EACH {
-      if constexpr (n > 0) {
-        r.part[i] = vb_shr<(n > 0 ? n : 0)>(x.part[i]);
-      } else {
-        r.part[i] = vb_shl<(n < 0 ? -n : 0)>(x.part[i]);
-      }
-    }
-    return r;
+    return vb_shl<(n < 0 ? -n : 0)>(x);
   }
 }
-FASTLLM_INLINE u8x64 load_table(const uint8_t* p) {
-  u8x64 r;
-  FASTLLM_EACH r.part[i] = vb_load_table(p);
-  return r;
-}
-FASTLLM_INLINE u8x64 lookup(u8x64 table, u8x64 index) {  // index bytes in [0, 16)
-  u8x64 r;
-  FASTLLM_EACH r.part[i] = vb_lookup(table.part[i], index.part[i]);
-  return r;
-}
 // Four int8 activations, broadcast to every lane.
-FASTLLM_INLINE i32x16 broadcast_quad(const int8_t* p) {
+FASTLLM_INLINE vi broadcast_quad(const int8_t* p) {
   int32_t quad;
   __builtin_memcpy(&quad, p, 4);
-  return set1_i32(quad);
-}
-FASTLLM_INLINE i32x16 dot_small(i32x16 acc, u8x64 w, i32x16 a) {
-  FASTLLM_EACH acc.part[i] = dot_small(acc.part[i], w.part[i], a.part[i]);
-  return acc;
-}
-FASTLLM_INLINE i32x16 dot_u8(i32x16 acc, u8x64 w, i32x16 a) {
-  FASTLLM_EACH acc.part[i] = dot_u8(acc.part[i], w.part[i], a.part[i]);
-  return acc;
+  return vi_set1(quad);
 }
 
 }  // namespace
