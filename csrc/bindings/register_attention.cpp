@@ -97,9 +97,17 @@ class KvCache {
         const std::int64_t start = (places[t] / size * heads + h) * size;  // tokens before this block's head
         for (std::int64_t d = 0; d < dim; ++d) {
           const std::int64_t at = (t * heads + h) * dim + d;
-          k.mutable_data()[at] = value(k_, view_.k_scale, start + offset,
-                                       (start + offset / 16 * 16) * dim + d * 16 + offset % 16);
-          v.mutable_data()[at] = value(v_, view_.v_scale, start + offset, (start + offset) * dim + d);
+          if (type_ == KvType::i8) {
+            const std::int64_t in_k = (start + offset / 16 * 16) * dim + d / 4 * 64 + offset % 16 * 4 + d % 4;
+            const std::int64_t in_v = (start + offset / 4 * 4) * dim + d * 4 + offset % 4;
+            k.mutable_data()[at] = view_.k_scale[start + offset] *
+                                   static_cast<float>(static_cast<int>(k_.as<std::uint8_t>()[in_k]) - 128);
+            v.mutable_data()[at] =
+                view_.v_scale[start + offset] * static_cast<float>(v_.as<std::int8_t>()[in_v]);
+            continue;
+          }
+          k.mutable_data()[at] = value(k_, (start + offset / 16 * 16) * dim + d * 16 + offset % 16);
+          v.mutable_data()[at] = value(v_, (start + offset) * dim + d);
         }
       }
     }
@@ -129,23 +137,14 @@ class KvCache {
     return places;
   }
 
-  float value(const AlignedBuffer& buffer, const float* scales, std::int64_t token,
-              std::int64_t index) const {
-    switch (type_) {
-      case KvType::f32:
-        return buffer.as<float>()[index];
-      case KvType::f16:
-        return half_to_float(buffer.as<std::uint16_t>()[index]);
-      case KvType::bf16: {
-        const std::uint32_t bits = static_cast<std::uint32_t>(buffer.as<std::uint16_t>()[index]) << 16;
-        float x;
-        std::memcpy(&x, &bits, sizeof x);
-        return x;
-      }
-      case KvType::i8:
-        return scales[token] * static_cast<float>(buffer.as<std::int8_t>()[index]);
-    }
-    return 0.0f;
+  // Of a floating-point cache.
+  float value(const AlignedBuffer& buffer, std::int64_t index) const {
+    if (type_ == KvType::f32) return buffer.as<float>()[index];
+    if (type_ == KvType::f16) return half_to_float(buffer.as<std::uint16_t>()[index]);
+    const std::uint32_t bits = static_cast<std::uint32_t>(buffer.as<std::uint16_t>()[index]) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
   }
 
   std::int64_t blocks_;

@@ -281,6 +281,20 @@ Not for several threads at once.)")
            "of the "
            "wrong dtype or shape, or an index out of range; nothing was computed then.")
       .def(
+          "profile", [](DecoderHandle& self, bool on) { self.decoder().profile().enable(on); }, py::arg("on"),
+          "Starts, from zero, or ends the measurement of phase_seconds.")
+      .def_property_readonly(
+          "phase_seconds",
+          [](DecoderHandle& self) {
+            py::dict seconds;
+            for (std::size_t i = 0; i < kPhaseNames.size(); ++i)
+              seconds[kPhaseNames[i]] = self.decoder().profile().seconds(i);
+            return seconds;
+          },
+          "Seconds that the phases of all steps took since profile(True), the waits between threads "
+          "included; by "
+          "name, in the order in which a step walks through them.")
+      .def(
           "close", [](DecoderHandle& self) { self.close(); },
           "Frees weights and KV cache; no step afterwards.")
       .def_property_readonly("threads", [](const DecoderHandle& self) { return self.decoder().threads(); })

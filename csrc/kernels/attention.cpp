@@ -4,6 +4,7 @@
 // One query of one head is a fold over KV tiles of 64 positions, aligned at position 0. A tile gives
 //   s[t] = softcap(scale * (sum_d q[d] K[d, t]) [* k_scale[t]])     m' = max_t s[t]
 //   p[t] = exp(s[t] - m')    l' = sum_t p[t]    o'[d] = sum_t (p[t] [* v_scale[t]]) V[t, d]
+// (an int8 cache: in integers, see attention_int8.h)
 // over the positions in sight only, and is merged, tiles ascending, from m = -inf, l = 0, o = 0:
 //   n = max(m, m')   a = exp(m - n)   b = exp(m' - n)   l = fma(l', b, l a)   o = fma(o', b, o a)   m = n
 // The end is o / l. This is the only order of operations: prefill and decode, any number of queries or heads
@@ -17,10 +18,11 @@
 // The rows (query x head of the group) that see a tile are computed up to six at a time (attention_tile.h).
 // When more than twelve share a tile, it is converted to fp32 once for all of them: the same values, so the
 // same bits. Cost per (row, 16 positions): head_dim FMAs for the scores, head_dim for the outputs, one exp
-// (18 instructions) and about 10 for mask, maximum and sum; per (row, tile): 5 * head_dim / 16 for the merge
+// (15 instructions) and about 10 for mask, maximum and sum; per (row, tile): 5 * head_dim / 16 for the merge
 // (x 2 on AVX2).
 #include "kernels/attention.h"
 
+#include "kernels/attention_int8.h"
 #include "kernels/attention_tile.h"
 #include "kernels/simd/math.h"
 
@@ -36,12 +38,15 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Scratch {
-  float* weights;   // (kAttentionTileRows, kKvTile) scores, then p
-  float* outputs;   // (kAttentionTileRows, head_dim) o'
-  float* k_tile;    // (4 runs, head_dim, 16)
-  float* v_tile;    // (4 runs, 16, head_dim)
-  float* maximums;  // (rows of a block) m
-  float* sums;      // (rows of a block) l
+  float* weights;  // (kAttentionTileRows, kKvTile) scores, then p
+  float* outputs;  // (kAttentionTileRows, head_dim) o'
+  float* k_tile;   // (4 runs, head_dim, 16)
+  float* v_tile;   // (4 runs, 16, head_dim)
+  int8_t* high;    // (kAttentionTileRows, kKvTile) codes of p, int8 cache only
+  int8_t* low;
+  QueryCodes query;  // the rows of a block
+  float* maximums;   // (rows of a block) m
+  float* sums;       // (rows of a block) l
 };
 
 Scratch divide_scratch(float* memory, int64_t head_dim, int64_t rows) {
@@ -51,7 +56,12 @@ Scratch divide_scratch(float* memory, int64_t head_dim, int64_t rows) {
   s.outputs = s.weights + kAttentionTileRows * kKvTile;
   s.k_tile = s.outputs + kAttentionTileRows * head_dim;
   s.v_tile = s.k_tile + kKvTile * head_dim;
-  s.maximums = s.v_tile + kKvTile * head_dim;
+  s.high = reinterpret_cast<int8_t*>(s.v_tile + kKvTile * head_dim);
+  s.low = s.high + kAttentionTileRows * kKvTile;
+  s.query.q = s.low + kAttentionTileRows * kKvTile;
+  s.query.scale = reinterpret_cast<float*>(s.query.q + rows * head_dim);
+  s.query.start = reinterpret_cast<int32_t*>(s.query.scale + rows);
+  s.maximums = reinterpret_cast<float*>(s.query.start + rows);
   s.sums = s.maximums + rows;
   return s;
 }
@@ -106,84 +116,193 @@ Tile convert_tile(const Tile& tile, int64_t head_dim, const Scratch& scratch) {
   return out;
 }
 
-// Scores of one row to weights, in place; positions [first, last] are in sight. Returns m' and l'.
-template <bool kScaled>
-FASTLLM_INLINE void softmax_row(const AttentionTask* task, const Tile& tile, int first, int last, float* s,
-                                float* maximum, float* sum) {
-  const f32x16 scale = set1(task->scale);
-  const f32x16 cap = set1(task->softcap);
-  const bool partial = first > 0 || last < kKvTile - 1;
-  const i32x16 below = set1_i32(first), above = set1_i32(last);
-  f32x16 top = set1(kLowest);
-  for (int run = first / 16; run <= last / 16; ++run) {
-    f32x16 x = load(s + 16 * run);
-    if constexpr (kScaled) x = mul(x, load(tile.k_scale[run]));
-    x = mul(x, scale);
-    if (task->softcap != 0.0f) x = mul(tanh(div(x, cap)), cap);
-    if (partial) {
-      const i32x16 t = add(load_i32(kLaneIndex), set1_i32(16 * run));
-      const i32x16 hidden = bit_or(greater(below, t), greater(t, above));
-      x = select(hidden, set1(-kInfinity), x);
-    }
-    store(s + 16 * run, x);
-    top = max(top, x);
+// What a row sees of a tile: positions [first, last].
+struct Sight {
+  int first, last;
+  bool partial() const { return first > 0 || last < kKvTile - 1; }
+  // All ones in the lanes of a run that are hidden.
+  FASTLLM_INLINE i32x16 hidden(int run) const {
+    const i32x16 t = add(load_i32(kLaneIndex), set1_i32(16 * run));
+    return bit_or(greater(set1_i32(first), t), greater(t, set1_i32(last)));
   }
-  *maximum = reduce_max(top);
-  const f32x16 center = set1(*maximum);
-  f32x16 total = zero_f32();
-  for (int run = first / 16; run <= last / 16; ++run) {
-    f32x16 p = exp(sub(load(s + 16 * run), center));
-    total = add(total, p);
-    if constexpr (kScaled) p = mul(p, load(tile.v_scale[run]));
-    store(s + 16 * run, p);
-  }
-  *sum = reduce_add(total);
+};
+
+Sight sight_of(const AttentionTask* task, int64_t index, int64_t query) {
+  const int64_t start = index * kKvTile;
+  return {static_cast<int>(max_of(attention_first_position(task, query) - start, 0)),
+          static_cast<int>(min_of(task->first_position + query - start, kKvTile - 1))};
 }
 
-// m', l' and o' of rows [row, row + count), count <= 6, all of which see something of the tile. Row r is head
-// r % group of query r / group. `values` are the same positions as `tile`, ready for `ops`.
-void compute_rows(const KvView* kv, const AttentionTask* task, int64_t index, int64_t row, int count,
-                  const Tile& tile, const Tile& values, const TileOps& ops, const Scratch& scratch,
-                  float* maximums, float* sums) {
+// What the softmax of one row over one tile gives.
+struct RowWeights {
+  float maximum;  // m'
+  float sum;      // l'
+  float factor;   // coded only: what a code stands for
+};
+
+// Where the codes of a row's weights go, for runs [begin, end): those that any row computed with it sees.
+struct CodesOut {
+  int8_t* high;
+  int8_t* low;
+  int begin, end;
+};
+
+// The row sees something of runs [from, to), and nothing of others. Literal bounds keep everything in
+// registers.
+template <bool coded>
+FASTLLM_INLINE RowWeights weights_of_runs(const AttentionTask* task, const Tile& tile, const Sight& sight,
+                                          float scale, int from, int to, float* s, const CodesOut& codes) {
+  const f32x16 factor = set1(scale), cap = set1(task->softcap);
+  const bool partial = sight.partial();
+  RowWeights out{};
+  f32x16 x[kRunsPerTile];
+  f32x16 top = set1(kLowest);
+#pragma GCC unroll 4
+  for (int run = from; run < to; ++run) {
+    x[run] = load(s + 16 * run);
+    if constexpr (coded) x[run] = mul(x[run], load(tile.k_scale[run]));
+    x[run] = mul(x[run], factor);
+    if (task->softcap != 0.0f) x[run] = mul(tanh(div(x[run], cap)), cap);
+    if (partial) x[run] = select(sight.hidden(run), set1(-kInfinity), x[run]);
+    top = max(top, x[run]);
+  }
+  out.maximum = reduce_max(top);
+  const f32x16 center = set1(out.maximum);
+  f32x16 total = zero_f32(), total_w = zero_f32();
+  top = zero_f32();
+#pragma GCC unroll 4
+  for (int run = from; run < to; ++run) {
+    x[run] = exp_negative(sub(x[run], center));
+    total = add(total, x[run]);
+    if constexpr (coded) {
+      x[run] = mul(x[run], load(tile.v_scale[run]));
+      if (partial) x[run] = select(sight.hidden(run), zero_f32(), x[run]);  // an unused scale may be NaN
+      top = max(x[run], top);
+      total_w = add(total_w, x[run]);
+    } else {
+      store(s + 16 * run, x[run]);
+    }
+  }
+  out.sum = reduce_add(total);
+  if constexpr (coded) {
+    const float greatest = reduce_max(top), sum_w = reduce_add(total_w);
+    const bool broken = sum_w != sum_w;  // the scale of a V that was not finite
+    out.factor = broken ? sum_w : greatest / static_cast<float>(kWeightOne);
+    const float inverse = !broken && greatest > 0x1p-100f ? static_cast<float>(kWeightOne) / greatest : 0.0f;
+    const i32x16 keep = set1_i32(inverse > 0.0f ? -1 : 0);
+#pragma GCC unroll 4
+    for (int run = from; run < to; ++run) {
+      const i32x16 code = bit_and(round_to_int(mul(x[run], set1(inverse))), keep);
+      store_s8(codes.high + 16 * run, shift_right_arithmetic<7>(code));
+      store_s8(codes.low + 16 * run, bit_and(code, set1_i32(127)));
+    }
+  }
+  return out;
+}
+
+// Raw scores of one row to weights: in place, or as codes.
+template <bool coded>
+RowWeights softmax_row(const AttentionTask* task, const Tile& tile, const Sight& sight, float scale, float* s,
+                       const CodesOut& codes) {
+  const int from = sight.first / 16, to = sight.last / 16 + 1;
+  if (from == 0 && to == kRunsPerTile)
+    return weights_of_runs<coded>(task, tile, sight, scale, 0, kRunsPerTile, s, codes);
+  if constexpr (coded) {
+    const i32x16 none = set1_i32(0);
+    for (int run = codes.begin; run < codes.end; ++run) {
+      store_s8(codes.high + 16 * run, none);
+      store_s8(codes.low + 16 * run, none);
+    }
+  }
+  return weights_of_runs<coded>(task, tile, sight, scale, from, to, s, codes);
+}
+
+// A group of rows [row, row + count), count <= 6, all of which see something of a tile. Row r is head r %
+// group of query r / group.
+struct TileRows {
+  int64_t row;
+  int count;
+  Sight sight[kAttentionTileRows];
+};
+
+TileRows tile_rows(const AttentionTask* task, int64_t index, int64_t row, int count) {
+  TileRows rows;
+  rows.row = row;
+  rows.count = count;
+  for (int r = 0; r < count; ++r) rows.sight[r] = sight_of(task, index, (row + r) / task->group);
+  return rows;
+}
+
+// m', l' and o' over a floating-point cache. `values` are the same positions as the tile's, ready for `ops`.
+void compute_rows(const KvView* kv, const AttentionTask* task, const TileRows& rows, const Tile& values,
+                  const TileOps& ops, const Scratch& scratch, float* maximums, float* sums) {
   const int64_t head_dim = kv->head_dim;
+  const int count = rows.count;
   const float* q[kAttentionTileRows] = {};
-  int first[kAttentionTileRows], last[kAttentionTileRows];
   for (int r = 0; r < count; ++r) {
-    const int64_t query = (row + r) / task->group;
-    q[r] = task->q + query * task->q_stride + (row + r) % task->group * head_dim;
-    const int64_t start = index * kKvTile;
-    first[r] = static_cast<int>(max_of(attention_first_position(task, query) - start, 0));
-    last[r] = static_cast<int>(min_of(task->first_position + query - start, kKvTile - 1));
+    const int64_t row = rows.row + r;
+    q[r] = task->q + row / task->group * task->q_stride + row % task->group * head_dim;
   }
   ops.score[count - 1](q, values, head_dim, scratch.weights);
   for (int r = 0; r < count; ++r) {
     float* s = scratch.weights + r * kKvTile;
-    if (kv->type == KvType::i8) {
-      softmax_row<true>(task, tile, first[r], last[r], s, maximums + r, sums + r);
-    } else {
-      softmax_row<false>(task, tile, first[r], last[r], s, maximums + r, sums + r);
-    }
+    const RowWeights weights = softmax_row<false>(task, values, rows.sight[r], task->scale, s, {});
+    maximums[r] = weights.maximum;
+    sums[r] = weights.sum;
   }
   // Later rows see from later positions, and up to later ones. What all see is computed together; what only
   // some see, before and after it, row by row: the chain over t stays ascending and meets no hidden position.
+  const Sight* sight = rows.sight;
   float* o = scratch.outputs;
-  const int begin = first[count - 1], end = last[0] + 1;
-  if (begin == first[0] && end == last[count - 1] + 1) {
+  const int begin = sight[count - 1].first, end = sight[0].last + 1;
+  if (begin == sight[0].first && end == sight[count - 1].last + 1) {
     ops.weigh[count - 1](scratch.weights, values, begin, end, head_dim, false, o);
     return;
   }
   for (int64_t i = 0; i < count * head_dim; i += 16) store(o + i, zero_f32());
   const bool together = begin < end;
   for (int r = 0; r < count; ++r) {
-    const int stop = together ? begin : last[r] + 1;
-    if (first[r] < stop)
-      ops.weigh[0](scratch.weights + r * kKvTile, values, first[r], stop, head_dim, true, o + r * head_dim);
+    const int stop = together ? begin : sight[r].last + 1;
+    if (sight[r].first < stop)
+      ops.weigh[0](scratch.weights + r * kKvTile, values, sight[r].first, stop, head_dim, true,
+                   o + r * head_dim);
   }
   if (!together) return;
   ops.weigh[count - 1](scratch.weights, values, begin, end, head_dim, true, o);
   for (int r = 0; r < count; ++r) {
-    if (end < last[r] + 1)
-      ops.weigh[0](scratch.weights + r * kKvTile, values, end, last[r] + 1, head_dim, true, o + r * head_dim);
+    if (end < sight[r].last + 1)
+      ops.weigh[0](scratch.weights + r * kKvTile, values, end, sight[r].last + 1, head_dim, true,
+                   o + r * head_dim);
+  }
+}
+
+// The same over an int8 cache; the block of rows whose codes stand in scratch begins at row `first_row`.
+void compute_rows_int8(const KvView* kv, const AttentionTask* task, const TileRows& rows, int64_t first_row,
+                       const Tile& tile, const Scratch& scratch, float* maximums, float* sums) {
+  const int count = rows.count;
+  const int64_t at = rows.row - first_row;
+  kCodeOps.score[count - 1](scratch.query, at, tile, kv->head_dim, scratch.weights);
+  const int begin = rows.sight[0].first / 16, end = rows.sight[count - 1].last / 16 + 1;
+  float factors[kAttentionTileRows];
+  for (int r = 0; r < count; ++r) {
+    const CodesOut codes{scratch.high + r * kKvTile, scratch.low + r * kKvTile, begin, end};
+    const RowWeights weights = softmax_row<true>(task, tile, rows.sight[r], scratch.query.scale[at + r],
+                                                 scratch.weights + r * kKvTile, codes);
+    maximums[r] = weights.maximum;
+    sums[r] = weights.sum;
+    factors[r] = weights.factor;
+  }
+  kCodeOps.weigh[count - 1](scratch.high, scratch.low, factors, tile, begin, end, kv->head_dim,
+                            scratch.outputs);
+}
+
+// The codes of the queries of a block.
+void quantize_block(const KvView* kv, const AttentionTask* task, int64_t begin, int64_t end,
+                    const Scratch& scratch) {
+  if (kv->type != KvType::i8) return;
+  for (int64_t row = begin * task->group; row < end * task->group; ++row) {
+    const float* q = task->q + row / task->group * task->q_stride + row % task->group * kv->head_dim;
+    quantize_query(q, kv->head_dim, task->scale, row - begin * task->group, scratch.query);
   }
 }
 
@@ -199,7 +318,7 @@ FASTLLM_INLINE void merge_rows(int count, int64_t head_dim, const float* tile_ma
     factors[8 + r] = tile_maximums[r] - top;
     maximums[r] = top;
   }
-  store(factors, exp(load(factors)));
+  store(factors, exp_negative(load(factors)));
   for (int r = 0; r < count; ++r) {
     if (tile_sums[r] == 0.0f) continue;
     const f32x16 a = set1(factors[r]), b = set1(factors[8 + r]);
@@ -226,28 +345,29 @@ void queries_in_sight(const AttentionTask* task, int64_t index, int64_t* begin, 
 template <typename Sink>
 FASTLLM_INLINE void compute_tile(const KvView* kv, const AttentionTask* task, int64_t index, int64_t begin,
                                  int64_t end, const Scratch& scratch, Sink sink) {
+  const int64_t first_row = begin * task->group;
   queries_in_sight(task, index, &begin, &end);
   if (begin >= end) return;
   const Tile tile = find_tile(kv, task, index, begin, end);
   const int64_t rows = (end - begin) * task->group;
   const TileOps* ops = &kTileOps[static_cast<int>(kv->type)];
   Tile values = tile;
-  if (rows > 2 * kAttentionTileRows && kv->type != KvType::f32) {
-    if (kv->type == KvType::f16) {
-      values = convert_tile<KvType::f16>(tile, kv->head_dim, scratch);
-    } else if (kv->type == KvType::bf16) {
-      values = convert_tile<KvType::bf16>(tile, kv->head_dim, scratch);
-    } else {
-      values = convert_tile<KvType::i8>(tile, kv->head_dim, scratch);
-    }
+  if (rows > 2 * kAttentionTileRows && (kv->type == KvType::f16 || kv->type == KvType::bf16)) {
+    values = kv->type == KvType::f16 ? convert_tile<KvType::f16>(tile, kv->head_dim, scratch)
+                                     : convert_tile<KvType::bf16>(tile, kv->head_dim, scratch);
     ops = &kTileOps[static_cast<int>(KvType::f32)];
   }
   const int64_t parts = (rows + kAttentionTileRows - 1) / kAttentionTileRows;  // of nearly equal size
   int64_t row = begin * task->group;
   for (int64_t part = 0; part < parts; ++part) {
     const int count = static_cast<int>(rows / parts + (part < rows % parts ? 1 : 0));
+    const TileRows group = tile_rows(task, index, row, count);
     float maximums[kAttentionTileRows], sums[kAttentionTileRows];
-    compute_rows(kv, task, index, row, count, tile, values, *ops, scratch, maximums, sums);
+    if (kv->type == KvType::i8) {
+      compute_rows_int8(kv, task, group, first_row, tile, scratch, maximums, sums);
+    } else {
+      compute_rows(kv, task, group, values, *ops, scratch, maximums, sums);
+    }
     sink(row, count, maximums, sums);
     row += count;
   }
@@ -280,6 +400,7 @@ void attention(const KvView* kv, const AttentionTask* task, float* scratch_memor
     const int64_t end = min_of(begin + step, task->queries);
     const int64_t first_row = begin * task->group;
     const int64_t rows = (end - begin) * task->group;
+    quantize_block(kv, task, begin, end, scratch);
     for (int64_t r = 0; r < rows; ++r) {
       scratch.maximums[r] = -kInfinity;
       scratch.sums[r] = 0.0f;
@@ -313,11 +434,16 @@ void attention_tiles(const KvView* kv, const AttentionTask* task, int64_t tile_b
   const Scratch scratch = divide_scratch(scratch_memory, head_dim, step * task->group);
   const int64_t rows = static_cast<int64_t>(task->queries) * task->group;
   const int64_t record = attention_record_floats(head_dim);
-  for (int64_t index = tile_begin; index < tile_end; ++index) {
-    float* records = partials + (index - tile_begin) * rows * record;
-    for (int64_t r = 0; r < rows; ++r) records[r * record + 1] = 0.0f;  // sum 0: takes no part
-    for (int64_t begin = 0; begin < task->queries; begin += step) {
-      compute_tile(kv, task, index, begin, min_of(begin + step, task->queries), scratch,
+  for (int64_t tile = 0; tile < tile_end - tile_begin; ++tile) {
+    for (int64_t r = 0; r < rows; ++r)
+      partials[(tile * rows + r) * record + 1] = 0.0f;  // sum 0: takes no part
+  }
+  for (int64_t begin = 0; begin < task->queries; begin += step) {
+    const int64_t end = min_of(begin + step, task->queries);
+    quantize_block(kv, task, begin, end, scratch);
+    for (int64_t index = tile_begin; index < tile_end; ++index) {
+      float* records = partials + (index - tile_begin) * rows * record;
+      compute_tile(kv, task, index, begin, end, scratch,
                    [&](int64_t row, int count, const float* maximums, const float* sums)
                        __attribute__((always_inline)) {
                          for (int r = 0; r < count; ++r) {

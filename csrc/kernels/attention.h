@@ -31,11 +31,13 @@ static inline int64_t attention_tile_end(const AttentionTask* task) {
 static inline int64_t attention_record_floats(int64_t head_dim) { return 2 + head_dim; }
 
 // Floats of scratch that one call of attention or attention_tiles needs: weights and outputs of a register
-// tile, maximum and sum of a block of rows, a KV tile in fp32; 15 for alignment. About 9,200 for head_dim 64.
+// tile, a KV tile in fp32, codes of weights and of a block's queries, four words for each row of a block; 15
+// for alignment. About 11,000 for head_dim 64.
 static inline int64_t attention_scratch_floats(int64_t group, int64_t head_dim, int64_t queries) {
   const int64_t rows = group > kAttentionBlockRows ? group : kAttentionBlockRows;
   const int64_t used = group * queries < rows ? group * queries : rows;
-  return kAttentionTileRows * (kKvTile + head_dim) + 2 * used + 2 * kKvTile * head_dim + 15;
+  return kAttentionTileRows * (kKvTile + head_dim) + 2 * kKvTile * head_dim +
+         kAttentionTileRows * kKvTile / 2 + used * head_dim / 4 + 4 * used + 15;
 }
 
 }  // namespace fastllm

@@ -18,17 +18,15 @@ namespace {
 // Vectors side by side in a tile of R rows.
 constexpr int tile_width(int rows) { return kParts == 1 ? 4 : rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-// 16 stored values, from the one at `index`, as fp32; int8 without its scale.
+// 16 stored values, from the one at `index`, as fp32.
 template <KvType T>
 FASTLLM_INLINE f32x16 load_values(const void* base, int64_t index) {
   if constexpr (T == KvType::f32) {
     return load(static_cast<const float*>(base) + index);
   } else if constexpr (T == KvType::f16) {
     return load_f16(static_cast<const uint16_t*>(base) + index);
-  } else if constexpr (T == KvType::bf16) {
-    return load_bf16(static_cast<const uint16_t*>(base) + index);
   } else {
-    return to_float(load_s8(static_cast<const int8_t*>(base) + index));
+    return load_bf16(static_cast<const uint16_t*>(base) + index);
   }
 }
 
@@ -58,8 +56,8 @@ FASTLLM_INLINE void multiply_add(f32x16 (&acc)[R][J], Line line, Factor factor) 
 
 // One KV tile: where its four runs of 16 positions start, and which of its positions anyone sees.
 struct Tile {
-  const void* k[kRunsPerTile];         // (head_dim, 16); runs out of sight point at one in sight
-  const void* v[kRunsPerTile];         // (16, head_dim)
+  const void* k[kRunsPerTile];         // as KvView's k; runs out of sight point at one in sight
+  const void* v[kRunsPerTile];         // as KvView's v
   const float* k_scale[kRunsPerTile];  // (16), int8 only
   const float* v_scale[kRunsPerTile];
   int first, last;  // of the tile's positions 0..63, inclusive
@@ -150,8 +148,8 @@ constexpr TileOps tile_ops() {
            weigh_tile<6, T>}};
 }
 
-constexpr TileOps kTileOps[] = {tile_ops<KvType::f32>(), tile_ops<KvType::f16>(), tile_ops<KvType::bf16>(),
-                                tile_ops<KvType::i8>()};
+// By KvType; int8 has its own (attention_int8.h).
+constexpr TileOps kTileOps[] = {tile_ops<KvType::f32>(), tile_ops<KvType::f16>(), tile_ops<KvType::bf16>()};
 
 }  // namespace
 }  // namespace fastllm

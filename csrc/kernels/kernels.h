@@ -76,7 +76,10 @@ enum class KvType : uint8_t { f32, f16, bf16, i8 };
 // One layer of the paged KV cache. A block holds block_size positions (a multiple of 16, at most 64).
 //   k  (blocks, kv_heads, block_size/16, head_dim, 16): position innermost, so that 16 scores are one vector
 //   v  (blocks, kv_heads, block_size, head_dim)
-//   k_scale, v_scale  fp32 (blocks, kv_heads, block_size), only for i8: value = scale * int8
+// and for i8, where value = scale * code and four codes stand together for the integer dot products,
+//   k  (blocks, kv_heads, block_size/16, head_dim/4, 16, 4): code + 128
+//   v  (blocks, kv_heads, block_size/4, head_dim, 4): 4 consecutive positions of one column
+//   k_scale, v_scale  fp32 (blocks, kv_heads, block_size)
 struct KvView {
   void* k;
   void* v;

@@ -14,6 +14,7 @@
 #include "core/memory.h"
 #include "core/thread_pool.h"
 #include "kernels/kernels.h"
+#include "model/profile.h"
 #include "model/sampler.h"
 #include "quant/packed.h"
 
@@ -96,6 +97,9 @@ class Decoder {
 
   void step(const StepInput& in, const StepOutput& out);
 
+  // Times of the phases of all steps since it was enabled.
+  Profile& profile() { return profile_; }
+
   // Frees weights, cache and activations; only the sizes remain.
   void close();
 
@@ -153,6 +157,7 @@ class Decoder {
   const Kernels& kernels_;
   ThreadPool pool_;
   std::vector<ThreadState> thread_state_;
+  Profile profile_;
 
   Matrix embed_, head_;  // head_ null: tied
   Vector final_norm_, final_norm_bias_;

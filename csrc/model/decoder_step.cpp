@@ -340,6 +340,7 @@ void Decoder::yield_rows(Team& team, int thread, const StepInput& in, const Step
     float* logits = logits_.as<float>();
     const Product product{&head, logits, c.vocab_size};
     multiply(team, thread, h_.as<float>(), c.dim, rows, &product, 1, false);
+    if (thread == 0) profile_.mark(Phase::head);
     team.for_each(rows, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
         float* row = logits + r * c.vocab_size;
@@ -358,12 +359,14 @@ void Decoder::yield_rows(Team& team, int thread, const StepInput& in, const Step
         out.rank[at] = sampled.rank;
       }
     });
+    if (thread == 0) profile_.mark(Phase::sample);
   }
 }
 
 // ---- the step --------------------------------------------------------------------------------------------
 
 void Decoder::step(const StepInput& in, const StepOutput& out) {
+  profile_.start();
   reserve(in);
   plan_attention(in);
   const DecoderConfig& c = config_;
@@ -373,6 +376,10 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
   const auto mlp = c.activation == Activation::silu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
 
   pool_.run([&](Team& team, int thread) {
+    const auto done = [&](Phase phase) {
+      if (thread == 0) profile_.mark(phase);
+    };
+    done(Phase::prepare);
     if (in.copies > 0) {
       team.for_each(c.num_layers, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t layer = begin; layer < end; ++layer) {
@@ -395,6 +402,7 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
       });
     }
     embed(team, in);
+    done(Phase::embed);
     for (std::int64_t i = 0; i < c.num_layers; ++i) {
       const Layer& l = layers_[static_cast<std::size_t>(i)];
       const KvView kv = kv_view(i);
@@ -403,12 +411,16 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
 
       normalize(team, x, l.attn_norm, l.attn_norm_bias, tokens,
                 l.q->quantized() || l.k->quantized() || l.v->quantized());
+      done(Phase::norm);
       const Product qkv[] = {{l.q.get(), q_.as<float>(), q_dim},
                              {l.k.get(), k_.as<float>(), kv_dim},
                              {l.v.get(), v_.as<float>(), kv_dim}};
       multiply(team, thread, h, c.dim, tokens, qkv, 3, false);
+      done(Phase::qkv);
       prepare_heads(team, in, l, kv, c.windows[static_cast<std::size_t>(i)] > 0);
+      done(Phase::rope_kv);
       attend(team, thread, in, i, kv);
+      done(Phase::attention);
 
       // Without a bias or a norm in between, the product lands on the residual at once.
       const bool plain_o = !l.o_bias && !l.attn_post_norm;
@@ -416,12 +428,15 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
       const Product o{l.o.get(), plain_o ? x : h, c.dim};
       multiply(team, thread, a_.as<float>(), q_dim, tokens, &o, 1, plain_o);
       if (!plain_o) add_residual(team, h, l.o_bias, l.attn_post_norm, tokens);
+      done(Phase::output);
 
       normalize(team, x, l.ffn_norm, l.ffn_norm_bias, tokens, l.gate->quantized() || l.up->quantized());
+      done(Phase::norm);
       float* gate = gate_.as<float>();
       float* up = up_.as<float>();
       const Product gate_up[] = {{l.gate.get(), gate, c.ffn_dim}, {l.up.get(), up, c.ffn_dim}};
       multiply(team, thread, h, c.dim, tokens, gate_up, 2, false);
+      done(Phase::gate_up);
       const QuantizedRows quantized_gate = quantized(c.ffn_dim);
       team.for_each(tokens, 4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t t = begin; t < end; ++t) {
@@ -436,10 +451,12 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
           }
         }
       });
+      done(Phase::activation);
       const bool plain_down = !l.down_bias && !l.ffn_post_norm;
       const Product down{l.down.get(), plain_down ? x : h, c.dim};
       multiply(team, thread, gate, c.ffn_dim, tokens, &down, 1, plain_down);
       if (!plain_down) add_residual(team, h, l.down_bias, l.ffn_post_norm, tokens);
+      done(Phase::down);
     }
     yield_rows(team, thread, in, out);
   });

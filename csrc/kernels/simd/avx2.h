@@ -118,30 +118,31 @@ inline vb vb_lookup(vb table, vb index) { return _mm256_shuffle_epi8(table, inde
 #ifdef FASTLLM_ISA_avxvnni
 // VEX-coded vpdpbusd: 1 instruction for 32 products; exact for any unsigned byte.
 constexpr int kU8Bias = 0;
+inline vi dot_u8(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+inline vi dot_u7(vi acc, vi p, vb v) { return _mm256_dpbusd_avx_epi32(acc, p, v); }
 template <int bits>
 inline vi dot16(vi acc, const vb* w, const vi* a) {
-  acc = _mm256_dpbusd_avx_epi32(acc, w[0], a[0]);
-  acc = _mm256_dpbusd_avx_epi32(acc, w[1], a[1]);
-  acc = _mm256_dpbusd_avx_epi32(acc, w[2], a[2]);
-  return _mm256_dpbusd_avx_epi32(acc, w[3], a[3]);
+  return dot_u8(dot_u8(dot_u8(dot_u8(acc, w[0], a[0]), w[1], a[1]), w[2], a[2]), w[3], a[3]);
 }
 #else
 // vpmaddubsw saturates its 16-bit pair sums at 2^15, so products are added in 16 bits for as long as they
 // fit: codes below 2^5 four lines (31 * 127 * 2 * 4 < 2^15), below 2^6 two (63 * 127 * 2 * 2 < 2^15); 9 or 10
 // instructions for 4 lines. A full byte is made signed (c - 128), and its sign moved to the activation:
-// |c - 128| <= 128 and 128 * 127 * 2 < 2^15 for one line, so that is exact too, 6 instructions a line.
+// |c - 128| <= 128 and 128 * 127 * 2 < 2^15 for one line, so that is exact too, 6 instructions a line. So is
+// a code below 2^7 times any signed byte, 3 instructions.
 constexpr int kU8Bias = 128;
 inline vi widen_pairs(vi acc, vi pairs) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+inline vi dot_u8(vi acc, vb w, vi a) {
+  const vi s = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
+  return widen_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(a, s)));
+}
+inline vi dot_u7(vi acc, vi p, vb v) { return widen_pairs(acc, _mm256_maddubs_epi16(p, v)); }
 template <int bits>
 inline vi dot16(vi acc, const vb* w, const vi* a) {
   if constexpr (bits == 8) {
-    for (int i = 0; i < 4; ++i) {
-      const vi s = _mm256_xor_si256(w[i], _mm256_set1_epi8(static_cast<char>(0x80)));
-      acc = widen_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(a[i], s)));
-    }
-    return acc;
+    return dot_u8(dot_u8(dot_u8(dot_u8(acc, w[0], a[0]), w[1], a[1]), w[2], a[2]), w[3], a[3]);
   } else {
     const vi low = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], a[0]), _mm256_maddubs_epi16(w[1], a[1]));
     const vi high = _mm256_add_epi16(_mm256_maddubs_epi16(w[2], a[2]), _mm256_maddubs_epi16(w[3], a[3]));

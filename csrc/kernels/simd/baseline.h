@@ -176,14 +176,15 @@ constexpr int kU8Bias = 128;
 inline vi widen_pairs(vi acc, vi pairs) {
   return _mm_add_epi32(acc, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
 }
+inline vi dot_u8(vi acc, vb w, vi a) {
+  const vi s = _mm_xor_si128(w, _mm_set1_epi8(static_cast<char>(0x80)));
+  return widen_pairs(acc, _mm_maddubs_epi16(_mm_abs_epi8(s), _mm_sign_epi8(a, s)));
+}
+inline vi dot_u7(vi acc, vi p, vb v) { return widen_pairs(acc, _mm_maddubs_epi16(p, v)); }
 template <int bits>
 inline vi dot16(vi acc, const vb* w, const vi* a) {
   if constexpr (bits == 8) {
-    for (int i = 0; i < 4; ++i) {
-      const vi s = _mm_xor_si128(w[i], _mm_set1_epi8(static_cast<char>(0x80)));
-      acc = widen_pairs(acc, _mm_maddubs_epi16(_mm_abs_epi8(s), _mm_sign_epi8(a[i], s)));
-    }
-    return acc;
+    return dot_u8(dot_u8(dot_u8(dot_u8(acc, w[0], a[0]), w[1], a[1]), w[2], a[2]), w[3], a[3]);
   } else {
     const vi low = _mm_add_epi16(_mm_maddubs_epi16(w[0], a[0]), _mm_maddubs_epi16(w[1], a[1]));
     const vi high = _mm_add_epi16(_mm_maddubs_epi16(w[2], a[2]), _mm_maddubs_epi16(w[3], a[3]));

@@ -36,6 +36,27 @@ FASTLLM_INLINE f32x16 exp(f32x16 x) {
   return select(greater(x, high), from_bits(set1_i32(0x7f800000)), y);
 }
 
+// exp(x) for x <= 0, to about 1.5 units in the last place; NaN stays NaN, below -87.3 the result is 0. Adding
+// 1.5 * 2^23 + 127 to x / ln 2 rounds it to the integer n and leaves n + 127, the exponent of 2^n, in the low
+// bits. A polynomial of degree 6 (Taylor; the remainder is below 2^-23). 12 FMA-class instructions, 3 others.
+FASTLLM_INLINE f32x16 exp_negative(f32x16 x) {
+  const f32x16 low = set1(-87.33654f), magic = set1(12583039.0f);
+  const f32x16 clamped = max(low, x);  // x when it is NaN
+  const f32x16 shifted = fma(clamped, set1(1.44269504f), magic);
+  const f32x16 n = sub(shifted, magic);
+  f32x16 r = fma(n, set1(-0.693359375f), clamped);
+  r = fma(n, set1(2.12194440e-4f), r);
+  f32x16 p = set1(1.0f / 720.0f);
+  p = fma(p, r, set1(1.0f / 120.0f));
+  p = fma(p, r, set1(1.0f / 24.0f));
+  p = fma(p, r, set1(1.0f / 6.0f));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  const f32x16 y = mul(p, from_bits(shift_left<23>(bits(shifted))));
+  return select(greater(low, x), zero_f32(), y);
+}
+
 // tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error below 2e-7.
 FASTLLM_INLINE f32x16 tanh(f32x16 x) {
   const f32x16 e = exp(add(x, x));

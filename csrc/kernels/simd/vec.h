@@ -7,6 +7,9 @@
 //   reduce    one tree: lanes i and i+8, then i and i+4, i+2, i+1
 //   round_to_int  nearest, ties to even (the workers' rounding mode is set to nearest)
 //   f16       loads are exact, stores round to nearest even; bf16 likewise
+//   dot_u8       acc += sum over the 4 bytes of a lane of (w - kU8Bias) * a, exact, for any bytes w and
+//                activations a in [-127, 127]
+//   dot_u7       acc += sum of p * v, exact, for p < 128 and any signed bytes v
 //   dot16<bits>  acc += sum over the 4 lines w and their 4 bytes of a lane of w * a, exact, for 16
 //   activations
 //                a in [-127, 127]; below 8 bits the bytes are w < 2^bits, with 8 bits w stands for w -
@@ -80,6 +83,7 @@ FASTLLM_BINARY(sub, i32x16, vi_sub)
 FASTLLM_BINARY(mul, i32x16, vi_mul)
 FASTLLM_BINARY(bit_and, i32x16, vi_and)
 FASTLLM_BINARY(bit_or, i32x16, vi_or)
+FASTLLM_BINARY(bit_andnot, i32x16, vi_andnot)  // ~a & b
 FASTLLM_BINARY(greater, i32x16, vi_gt)
 FASTLLM_BINARY(equal, i32x16, vi_eq)
 #undef FASTLLM_BINARY
@@ -171,6 +175,9 @@ FASTLLM_INLINE i32x16 load_u8(const uint8_t* p) {
   i32x16 r;
   FASTLLM_EACH r.part[i] = vi_load_u8(p + i * kLanes);
   return r;
+}
+FASTLLM_INLINE int32_t reduce_add_small(i32x16 x) {  // of values whose sum is below 2^24
+  return static_cast<int32_t>(reduce_add(to_float(x)));
 }
 FASTLLM_INLINE void store_s8(int8_t* p, i32x16 x) { FASTLLM_EACH vi_store_s8(p + i * kLanes, x.part[i]); }
 template <int n>
