@@ -194,6 +194,21 @@ def test_softcap() -> None:
     np.testing.assert_allclose(got, reference.softcap(x, 30.0), atol=1e-5)
 
 
+@given(st.sampled_from((16, 32, 48, 64, 80, 96, 112, 128, 512)), st.integers(1, 3), strategies.seeds())
+def test_hadamard(columns: int, rows: int, seed: int) -> None:
+    """The transform that the definition gives, bit for bit the reference's, and its own inverse."""
+    x = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+    got = same_on_all(lambda isa: _core.hadamard(x, isa=isa))
+    np.testing.assert_array_equal(got, reference.hadamard(x))
+    order = columns & -columns
+    matrix = np.ones((1, 1))
+    while len(matrix) < order:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    blocks = x.reshape(rows, -1, order).astype(np.float64)
+    np.testing.assert_allclose(got, (blocks @ matrix / order**0.5).reshape(x.shape), atol=1e-5)
+    np.testing.assert_allclose(_core.hadamard(got), x, atol=1e-5)
+
+
 @given(st.data())
 def test_half_precision_weights_are_read_exactly(data: st.DataObject) -> None:
     """fp16 and bf16 through matmul with one-hot activations, every bit pattern's class included."""
@@ -217,6 +232,7 @@ def test_half_precision_weights_are_read_exactly(data: st.DataObject) -> None:
         (lambda x, w: _core.matmul(x, w, threads=-1), "threads"),
         (lambda x, w: _core.matmul(x, w, isa="sse9"), "FASTLLM_ISA"),
         (lambda x, w: _core.rms_norm(x, x[0, :-1].copy(), 1e-5), "weight"),
+        (lambda x, w: _core.hadamard(x[:, :-1].copy()), "x"),
         (lambda x, w: _core.embedding(w, np.array([16], dtype=np.int32)), "ids"),
         (lambda x, w: _core.embedding(w, np.array([0], dtype=np.int64)), "ids"),
     ],

@@ -111,6 +111,10 @@ class KvCache {
         }
       }
     }
+    if (type_ == KvType::i8) {
+      for (Floats* rotated : {&k, &v})
+        kernels().hadamard(rotated->data(), count * heads, dim, rotated->mutable_data());
+    }
     return py::make_tuple(k, v);
   }
 

@@ -190,6 +190,16 @@ Floats softcap(const py::object& x, float cap, const std::string& isa) {
   return out;
 }
 
+Floats hadamard(const py::object& x, const std::string& isa) {
+  Shapes shapes("hadamard");
+  const float* in = shapes.in<float>(x, "x", {"M", "N"});
+  const std::int64_t m = shapes["M"], n = shapes["N"];
+  if (n % 16 != 0) shapes.fail("x", std::to_string(n) + " columns", "a multiple of 16");
+  Floats out({m, n});
+  table(isa).hadamard(in, m, n, out.mutable_data());
+  return out;
+}
+
 }  // namespace
 
 void register_ops(py::module_& module) {
@@ -225,6 +235,10 @@ void register_ops(py::module_& module) {
              "exp of float32 (N,) to about one unit in the last place.");
   module.def("softcap", &softcap, py::arg("x"), py::arg("cap"), py::arg("isa") = "",
              "cap * tanh(x / cap), float32 (N,).");
+  module.def(
+      "hadamard", &hadamard, py::arg("x"), py::arg("isa") = "",
+      "H x for each row of float32 (M, N): the orthonormal Hadamard matrix of order S, the greatest power "
+      "of two that divides N, block by block. N a multiple of 16.");
 }
 
 }  // namespace fastllm

@@ -385,9 +385,10 @@ void clear(float* o, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += 16) store(o + d, zero_f32());
 }
 
-void finish(float* o, int64_t head_dim, float sum) {
+void finish(const KvView* kv, float* o, float sum) {
   const f32x16 l = set1(sum);
-  for (int64_t d = 0; d < head_dim; d += 16) store(o + d, div(load(o + d), l));
+  for (int64_t d = 0; d < kv->head_dim; d += 16) store(o + d, div(load(o + d), l));
+  if (kv->type == KvType::i8) hadamard(o, kv->head_dim, o);
 }
 
 }  // namespace
@@ -422,8 +423,7 @@ void attention(const KvView* kv, const AttentionTask* task, float* scratch_memor
                                     scratch.sums + at, to);
                        });
     }
-    for (int64_t r = 0; r < rows; ++r)
-      finish(output_of(task, head_dim, first_row + r), head_dim, scratch.sums[r]);
+    for (int64_t r = 0; r < rows; ++r) finish(kv, output_of(task, head_dim, first_row + r), scratch.sums[r]);
   }
 }
 
@@ -471,7 +471,7 @@ void attention_merge(const KvView* kv, const AttentionTask* task, int64_t tiles,
       const float* tile_o = from + 2;
       merge_rows(1, head_dim, from, from + 1, &tile_o, &maximum, &sum, &o);
     }
-    finish(o, head_dim, sum);
+    finish(kv, o, sum);
   }
 }
 

@@ -3,10 +3,11 @@
 //   weights  w[t] = exp(x[t] - max x) vscale[t],  P[t] = round(w[t] * 16256 / max w)   in [0, 16256]
 //   outputs  o[r, d] = (sum_t P[t] vcode[t, d]) * (max w / 16256)          the sum exact
 //
-// Numerics: a query row becomes int8 with one scale, as K was stored. Weights keep 14 bits: P = 128 hi + lo
-// with hi, lo < 128, two products with the same line of V. 64 * 16256 * 128 < 2^31. The error of an output is
-// at most 64 * 0.5 / 16256 of max w times 127. Hidden positions have P = 0, so that what stands in their
-// slots has no influence. Integers are exact: any number of rows, any instruction set, the same bits.
+// Numerics: heads of q, K and V are rotated (hadamard.h) before they become int8, with one scale each;
+// outputs are rotated back at the end of the fold. Weights keep 14 bits: P = 128 hi + lo with hi, lo < 128,
+// two products with the same line of V. 64 * 16256 * 128 < 2^31. The error of an output is at most 64 * 0.5 /
+// 16256 of max w times 127. Hidden positions have P = 0, so that what stands in their slots has no influence.
+// Integers are exact: any number of rows, any instruction set, the same bits.
 //
 // Cost on AVX-512 VNNI per (row, 16 positions): head_dim / 4 vpdpbusd for the scores, head_dim / 2 for the
 // outputs (fp32: head_dim FMAs each), about 45 instructions for softmax and rounding. Lines of K and V are
@@ -14,6 +15,7 @@
 #pragma once
 
 #include "kernels/attention_tile.h"
+#include "kernels/hadamard.h"
 #include "kernels/simd/math.h"
 
 namespace fastllm {
@@ -21,7 +23,7 @@ namespace {
 
 constexpr int kWeightOne = 127 * 128;  // the code of a tile's greatest weight
 
-// A query row in int8: x ~ scale * q.
+// A query row, rotated (hadamard.h), in int8: H x ~ scale * q.
 struct QueryCodes {
   int8_t* q;       // (rows, head_dim)
   float* scale;    // (rows): times the scale of the scores; NaN when the row holds a NaN or an infinity
@@ -54,8 +56,10 @@ FASTLLM_INLINE i32x16 int8_codes(f32x16 x, float inverse) {
   return bit_and(round_to_int(mul(x, set1(inverse))), set1_i32(inverse > 0.0f ? -1 : 0));
 }
 
-FASTLLM_INLINE void quantize_query(const float* q, int64_t head_dim, float scale, int64_t row,
+FASTLLM_INLINE void quantize_query(const float* x, int64_t head_dim, float scale, int64_t row,
                                    const QueryCodes& out) {
+  alignas(64) float q[kHeadDimMax];
+  hadamard(x, head_dim, q);
   const Int8Scale by = int8_scale(q, head_dim);
   i32x16 sum = set1_i32(0);
   for (int64_t d = 0; d < head_dim; d += 16) {

@@ -15,7 +15,8 @@ namespace fastllm {
 constexpr int kPanel = 16;            // outputs in a panel = lanes of f32x16
 constexpr int kActivationGroup = 16;  // columns that share one activation scale
 constexpr int kSuper = 256;           // columns that share one fp16 super-scale
-constexpr int kKvTile = 64;           // positions in one tile of the attention fold, aligned at position 0
+constexpr int kHeadDimMax = 512;
+constexpr int kKvTile = 64;  // positions in one tile of the attention fold, aligned at position 0
 
 // How the codes of a quantized matrix, or the values of a floating-point one, lie in memory.
 // Integer codes c in [0, 2^bits) stand for scale * (c - zero) + min, or scale * codebook[c] + min.
@@ -76,7 +77,8 @@ enum class KvType : uint8_t { f32, f16, bf16, i8 };
 // One layer of the paged KV cache. A block holds block_size positions (a multiple of 16, at most 64).
 //   k  (blocks, kv_heads, block_size/16, head_dim, 16): position innermost, so that 16 scores are one vector
 //   v  (blocks, kv_heads, block_size, head_dim)
-// and for i8, where value = scale * code and four codes stand together for the integer dot products,
+// and for i8, where a head is H (scale * codes), H its Hadamard matrix (hadamard.h), and four codes stand
+// together for the integer dot products,
 //   k  (blocks, kv_heads, block_size/16, head_dim/4, 16, 4): code + 128
 //   v  (blocks, kv_heads, block_size/4, head_dim, 4): 4 consecutive positions of one column
 //   k_scale, v_scale  fp32 (blocks, kv_heads, block_size)
@@ -86,7 +88,7 @@ struct KvView {
   float* k_scale;
   float* v_scale;
   int32_t kv_heads;
-  int32_t head_dim;  // a multiple of 16
+  int32_t head_dim;  // a multiple of 16 up to kHeadDimMax
   int32_t block_size;
   KvType type;
 };
@@ -148,6 +150,8 @@ struct Kernels {
   void (*add)(const float* x, const float* y, float* out, int64_t n);  // out may be x
   void (*softcap)(float* x, float cap, int64_t n);                     // x = cap * tanh(x / cap)
   void (*exp)(const float* x, float* y, int64_t n);
+  // y = H x for each row of n values, a multiple of 16; see hadamard.h. y may be x.
+  void (*hadamard)(const float* x, int64_t rows, int64_t n, float* y);
 
   // Stores K and V rows (kv_heads * head_dim floats each, strides ldk, ldv) of `rows` tokens into slots
   // (block * block_size + offset).

@@ -1,6 +1,7 @@
 // Stores K and V rows into the paged cache, in its storage type.
 //   f16, bf16  rounded to nearest even
-//   i8         per token and head: scale = amax / 127, code = round(x * (127 / amax)), IEEE divisions, ties
+//   i8         per token and head, rotated (hadamard.h): scale = amax / 127, code = round(x * (127 / amax)),
+//   IEEE divisions, ties
 //              to even. amax below 2^-120 (whose inverse is not finite) gives codes 0; a NaN or infinity
 //              gives scale NaN and codes 0, so that it stays visible.
 // K is scattered with stride 16 (see KvView), V copied; of int8, K goes four bytes at a time and V is
@@ -57,12 +58,13 @@ void write_int8(const KvView* kv, const float* k, int64_t ldk, const float* v, i
                 const int32_t* slots) {
   const int64_t head_dim = kv->head_dim;
   alignas(16) uint8_t codes[16];
+  alignas(64) float key[kHeadDimMax], value[kHeadDimMax];
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t block = slots[m] / kv->block_size, offset = slots[m] % kv->block_size;
     for (int64_t h = 0; h < kv->kv_heads; ++h) {
       const int64_t first = (block * kv->kv_heads + h) * kv->block_size;  // position of the block's head
-      const float* key = k + m * ldk + h * head_dim;
-      const float* value = v + m * ldv + h * head_dim;
+      hadamard(k + m * ldk + h * head_dim, head_dim, key);
+      hadamard(v + m * ldv + h * head_dim, head_dim, value);
       uint8_t* to_k = static_cast<uint8_t*>(kv->k) + (first + offset / 16 * 16) * head_dim + offset % 16 * 4;
       uint8_t* to_v = static_cast<uint8_t*>(kv->v) + (first + offset / 4 * 4) * head_dim + offset % 4;
       const Int8Scale ks = int8_scale(key, head_dim), vs = int8_scale(value, head_dim);

@@ -22,6 +22,7 @@ void silu_mul(const float* gate, const float* up, float* y, int64_t n);
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n);
 void add_vectors(const float* x, const float* y, float* out, int64_t n);
 void softcap(float* x, float cap, int64_t n);
+void hadamard_rows(const float* x, int64_t rows, int64_t n, float* y);
 void exp_values(const float* x, float* y, int64_t n);
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -25,6 +25,7 @@ extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .add = FASTLLM_ISA::add_vectors,
     .softcap = FASTLLM_ISA::softcap,
     .exp = FASTLLM_ISA::exp_values,
+    .hadamard = FASTLLM_ISA::hadamard_rows,
     .kv_write = FASTLLM_ISA::kv_write,
     .attention = FASTLLM_ISA::attention,
     .attention_tiles = FASTLLM_ISA::attention_tiles,

@@ -17,6 +17,7 @@ from fastllm import _core
 from fastllm._core import KvCache, PackedMatrix
 from fastllm.ops.layers import (
     gelu_tanh_mul,
+    hadamard,
     layer_norm,
     paged_attention,
     rms_norm,
@@ -47,6 +48,7 @@ __all__ = [
     "from_float",
     "from_ggml",
     "gelu_tanh_mul",
+    "hadamard",
     "isa",
     "layer_norm",
     "matmul",

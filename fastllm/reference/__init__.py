@@ -3,8 +3,8 @@
 Nothing here is used to answer a request. Each function states its formula and computes just that with NumPy,
 without a fast path, so that kernels, samplers and decoders can be held against it. Inputs of any
 floating-point type are taken to float64 first; results are float64 unless the docstring says otherwise. The
-exceptions are exact by nature: `dequantize` and `quantize_activations` do the float32 arithmetic that their
-formats define, bit for bit.
+exceptions are exact by nature: `dequantize`, `quantize_activations` and `hadamard` do the float32 arithmetic
+that their formats define, bit for bit.
 
 Shapes are checked by nothing but NumPy; this is not an API for users.
 """
@@ -26,7 +26,12 @@ from fastllm.reference.dense import (
     softmax,
 )
 from fastllm.reference.dequantization import BLOCK_SIZES, dequantize
-from fastllm.reference.integer import dequantize_activations, integer_matmul, quantize_activations
+from fastllm.reference.integer import (
+    dequantize_activations,
+    hadamard,
+    integer_matmul,
+    quantize_activations,
+)
 from fastllm.reference.philox import philox4x32_10, sample_uniform
 from fastllm.reference.sampling import (
     apply_bias,
@@ -49,6 +54,7 @@ __all__ = [
     "draw",
     "gelu",
     "gelu_tanh",
+    "hadamard",
     "integer_matmul",
     "layer_norm",
     "log_softmax",

@@ -45,6 +45,24 @@ def quantize_activations(x: npt.ArrayLike, group: int = 16) -> tuple[Int8, Float
     return q, scale
 
 
+def hadamard(x: npt.ArrayLike) -> Float32:
+    """The orthonormal Hadamard transform, block by block, in float32 arithmetic as written here, bit for bit.
+
+    The order S is the greatest power of two that divides the last axis. x / sqrt(S), then butterflies
+    (a, b) -> (a + b, a - b) of distance 8, 4, 2, 1 and 16, 32, ... up to S / 2.
+
+    Args:
+        x: (..., N), N a multiple of 16.
+    """
+    x = np.asarray(x, dtype=np.float32)
+    order = x.shape[-1] & -x.shape[-1]
+    y = x * (np.float32(1.0) / np.sqrt(np.float32(order)))
+    for distance in (8, 4, 2, 1, *(16 << i for i in range(order.bit_length() - 5))):
+        pairs = y.reshape(*x.shape[:-1], x.shape[-1] // (2 * distance), 2, distance)
+        y = np.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), axis=-2)
+    return y.reshape(x.shape)
+
+
 def dequantize_activations(q: npt.ArrayLike, scale: npt.ArrayLike, group: int = 16) -> Float64:
     """scale * q, exact.
 

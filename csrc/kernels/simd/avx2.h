@@ -79,6 +79,14 @@ inline void vi_store_s8(int8_t* p, vi x) {  // values in [-128, 127]
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
+// Lane i takes lane i ^ n.
+template <int n>
+inline vf v_swap(vf x) {
+  if constexpr (n == 4) return _mm256_permute2f128_ps(x, x, 1);
+  if constexpr (n == 2) return _mm256_permute_ps(x, 0x4e);
+  return _mm256_permute_ps(x, 0xb1);
+}
+
 // Lane sums in the one tree of vec.h: the parts are halves until one lane is left.
 inline float v_reduce_add4(__m128 x) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));

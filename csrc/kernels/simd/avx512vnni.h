@@ -80,6 +80,15 @@ inline void vi_store_s8(int8_t* p, vi x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
 
+// Lane i takes lane i ^ n.
+template <int n>
+inline vf v_swap(vf x) {
+  if constexpr (n == 8) return _mm512_shuffle_f32x4(x, x, 0x4e);
+  if constexpr (n == 4) return _mm512_shuffle_f32x4(x, x, 0xb1);
+  if constexpr (n == 2) return _mm512_permute_ps(x, 0x4e);
+  return _mm512_permute_ps(x, 0xb1);
+}
+
 // Lane sums in the one tree of vec.h: the parts are halves until one lane is left.
 inline float v_reduce_add4(__m128 x) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));

@@ -139,6 +139,13 @@ inline void v_store_f16(uint16_t* p, vf x) {
   vi_store_u16(p, vi_or(half, sign));
 }
 
+// Lane i takes lane i ^ n.
+template <int n>
+inline vf v_swap(vf x) {
+  if constexpr (n == 2) return _mm_shuffle_ps(x, x, 0x4e);
+  return _mm_shuffle_ps(x, x, 0xb1);
+}
+
 // Lane sums in the one tree of vec.h: the parts are halves until one lane is left.
 inline float v_reduce_add4(__m128 x) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));

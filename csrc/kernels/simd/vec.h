@@ -98,6 +98,17 @@ FASTLLM_INLINE f32x16 sqrt(f32x16 a) {
   FASTLLM_EACH r.part[i] = v_sqrt(a.part[i]);
   return r;
 }
+// Lane i takes lane i ^ n; n is 1, 2, 4 or 8.
+template <int n>
+FASTLLM_INLINE f32x16 swap_lanes(f32x16 x) {
+  f32x16 r;
+  if constexpr (n >= kLanes) {
+    FASTLLM_EACH r.part[i] = x.part[i ^ (n / kLanes)];
+  } else {
+    FASTLLM_EACH r.part[i] = v_swap<n>(x.part[i]);
+  }
+  return r;
+}
 FASTLLM_INLINE float reduce_add(f32x16 x) { return v_reduce_add(x.part); }
 FASTLLM_INLINE float reduce_max(f32x16 x) { return v_reduce_max(x.part); }
 // All ones in the lanes where a > b (false for NaN).
