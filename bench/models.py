@@ -1,0 +1,104 @@
+"""The model files of the comparison, each made once under build/bench/models/ and then kept.
+
+    python bench/models.py [NAME ...]        makes them, or all, and says where they are
+
+smollm2-*: the default model, as shipped (Q4_1) or requantized by llama.cpp's llama-quantize. 1b-*: random
+weights in the "1B" shape of make_model.py; Q4_0 and Q4_1 with a Q8_0 head directly, the others by
+llama-quantize from one F16 file with the same values. *-bf16 is a directory of safetensors with the values
+of the Q4_0 file, for programs that read no GGUF; `transformers` writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import machine
+import peers
+
+FOLDER = machine.ROOT / "build" / "bench" / "models"
+
+_EXPORT = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+source, out = Path(sys.argv[1]), sys.argv[2]
+where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(torch.bfloat16).save_pretrained(out)
+AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+"""
+
+
+def path(name: str) -> Path:
+    """The model of that name, made if it is not there yet.
+
+    Raises:
+        SystemExit: a program that is needed for it is not installed.
+    """
+    if name == "smollm2-q4_1":
+        from fastllm.formats.source import DEFAULT_MODEL, resolve
+
+        return resolve(DEFAULT_MODEL)
+    made = FOLDER / (name if name.endswith("-bf16") else name + ".gguf")
+    if not made.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        partial = made.with_name("part-" + made.name)
+        _recipe(name)(partial)
+        partial.replace(made)
+    return made
+
+
+def _recipe(name: str) -> Callable[[Path], None]:
+    family, _, kind = name.partition("-")
+    if kind == "bf16":
+        return lambda out: _export(path(f"{family}-q4_0"), out)
+    if family == "smollm2":
+        return lambda out: _quantize(path("smollm2-q4_1"), out, kind)
+    if family != "1b":
+        raise SystemExit(f"no such model: {name}; there are {', '.join(NAMES)}")
+    if kind in ("q4_0", "q4_1"):
+        return lambda out: _random(out, kind.upper(), "Q8_0")
+    if kind == "f16":
+        return lambda out: _random(out, "F16", "F16")
+    return lambda out: _quantize(path("1b-f16"), out, kind)
+
+
+def _random(out: Path, kind: str, head: str) -> None:
+    script = machine.ROOT / "bench" / "make_model.py"
+    command = [sys.executable, str(script), str(out), "--type", kind, "--head-type", head, "--name", "1B"]
+    subprocess.run(command, check=True)
+
+
+def _quantize(source: Path, out: Path, kind: str) -> None:
+    program = peers.llama("llama-quantize")
+    if not program.exists():
+        raise SystemExit(f"{out.name}: needs llama-quantize: python bench/peers.py install llama.cpp")
+    command = [str(program), "--allow-requantize", str(source), str(out), kind.upper()]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _export(source: Path, out: Path) -> None:
+    if peers.installed("transformers") is None:
+        raise SystemExit(f"{out.name}: needs python bench/peers.py install transformers")
+    python = peers.python_of("transformers")
+    subprocess.run([str(python), "-c", _EXPORT, str(source), str(out)], check=True)
+
+
+NAMES = (
+    *("smollm2-q4_1", "smollm2-q4_0", "smollm2-bf16"),
+    *("1b-q4_0", "1b-q4_1", "1b-q4_k_m", "1b-q5_k_m", "1b-q6_k", "1b-q8_0", "1b-f16"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name", nargs="*", help=", ".join(NAMES))
+    for name in parser.parse_args().name or NAMES:
+        print(f"{name}: {path(name)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
