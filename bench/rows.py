@@ -88,6 +88,11 @@ def family(model: str) -> str:
     return model.partition("-")[0]
 
 
+def default(model: str) -> tuple[str, ...]:
+    """The rows of a full run."""
+    return FORMAT_ROWS if model in FORMATS else ROWS[family(model)]
+
+
 @dataclass(frozen=True)
 class Bar:
     """The lower end of the ratio's interval must reach `least`; `goal` is what is wanted.
