@@ -27,7 +27,11 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 source, out = Path(sys.argv[1]), sys.argv[2]
 where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(torch.bfloat16).save_pretrained(out)
+model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(torch.bfloat16)
+model.hf_quantizer = None  # the values are plain by now, but it takes the model for a quantized one
+if hasattr(model.config, "quantization_config"):
+    del model.config.quantization_config
+model.save_pretrained(out)
 AutoTokenizer.from_pretrained(**where).save_pretrained(out)
 """
 
