@@ -222,10 +222,9 @@ def run(options: argparse.Namespace) -> None:
     shared = Options(options.threads, options.repeats, options.isa, options.kv_cache_dtype)
     for model, its_rows in work:
         add_model(record, model)
-        by_default = options.peers is None and model not in ("smollm2-q4_0", "smollm2-q4_1")
-        taking_part = [name for name in chosen if name == "llama.cpp"] if by_default else list(chosen)
-        if by_default and model in rows.FORMATS:
-            taking_part = []
+        taking_part = list(chosen)
+        if options.peers is None and model != "smollm2-q4_0":
+            taking_part = [name for name in chosen if name == "llama.cpp" and model not in rows.FORMATS]
         if model in rows.FORMATS:
             add_model(record, "1b-q4_0")
         programs = programs_for(model, taking_part, shared)
@@ -248,7 +247,7 @@ def main() -> None:
     parser.add_argument("--rows", help="with commas between; otherwise those of the model's family")
     parser.add_argument(
         "--peers",
-        help="with commas between; otherwise all installed on smollm2, llama.cpp on 1b, none on formats",
+        help="with commas between; otherwise all on smollm2-q4_0, llama.cpp on smollm2-q4_1 and 1b-q4_0",
     )
     parser.add_argument("--pairs", type=int, default=15, help="rounds (15)")
     parser.add_argument("--trial", type=int, default=2, help="rounds in which all settings are tried (2)")

@@ -4,8 +4,9 @@
 
 smollm2-*: the default model, as shipped (Q4_1) or requantized by llama.cpp's llama-quantize. 1b-*: random
 weights in the "1B" shape of make_model.py; Q4_0 and Q4_1 with a Q8_0 head directly, the others by
-llama-quantize from one F16 file with the same values. *-bf16 is a directory of safetensors with the values
-of the Q4_0 file, for programs that read no GGUF; `transformers` writes it.
+llama-quantize from one F16 file with the same values. NAME-bf16 is a directory of safetensors with the
+values of that file, for programs that read no GGUF; `transformers` writes it. NAME-onnx is made from that by
+ONNX Runtime GenAI's model builder, which quantizes anew, to int4 in blocks of 32.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def path(name: str) -> Path:
         from fastllm.formats.source import DEFAULT_MODEL, resolve
 
         return resolve(DEFAULT_MODEL)
-    made = FOLDER / (name if name.endswith("-bf16") else name + ".gguf")
+    made = FOLDER / (name if name.endswith(("-bf16", "-onnx")) else name + ".gguf")
     if not made.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         partial = made.with_name("part-" + made.name)
@@ -56,9 +57,12 @@ def path(name: str) -> Path:
 
 
 def _recipe(name: str) -> Callable[[Path], None]:
-    family, _, kind = name.partition("-")
+    source, _, kind = name.rpartition("-")
     if kind == "bf16":
-        return lambda out: _export(path(f"{family}-q4_0"), out)
+        return lambda out: _export(path(source), out)
+    if kind == "onnx":
+        return lambda out: _build_onnx(path(source + "-bf16"), out)
+    family, _, kind = name.partition("-")
     if family == "smollm2":
         return lambda out: _quantize(path("smollm2-q4_1"), out, kind)
     if family != "1b":
@@ -91,8 +95,16 @@ def _export(source: Path, out: Path) -> None:
     subprocess.run([str(python), "-c", _EXPORT, str(source), str(out)], check=True)
 
 
+def _build_onnx(source: Path, out: Path) -> None:
+    if peers.installed("onnxruntime") is None:
+        raise SystemExit(f"{out.name}: needs python bench/peers.py install onnxruntime")
+    command = [str(peers.python_of("onnxruntime")), "-m", "onnxruntime_genai.models.builder"]
+    options = ["-i", str(source), "-o", str(out), "-p", "int4", "-e", "cpu", "-c", str(FOLDER / "onnx-cache")]
+    subprocess.run([*command, *options, "--extra_options", "int4_block_size=32"], check=True)
+
+
 NAMES = (
-    *("smollm2-q4_1", "smollm2-q4_0", "smollm2-bf16"),
+    *("smollm2-q4_1", "smollm2-q4_0", "smollm2-q4_0-bf16", "smollm2-q4_0-onnx"),
     *("1b-q4_0", "1b-q4_1", "1b-q4_k_m", "1b-q5_k_m", "1b-q6_k", "1b-q8_0", "1b-f16"),
 )
 

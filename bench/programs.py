@@ -237,7 +237,7 @@ class Vllm(Python):
     name, script, slow_to_load = "vllm", "with_vllm.py", True
 
     def path(self) -> Path:
-        return models.path(f"{self.model.partition('-')[0]}-bf16")
+        return models.path(self.model + "-bf16")
 
     def settings(self, row: Row) -> list[Setting]:
         return [{}]
@@ -247,7 +247,7 @@ class Transformers(Python):
     name, script, slow_to_load = "transformers", "with_transformers.py", True
 
     def path(self) -> Path:
-        return models.path(f"{self.model.partition('-')[0]}-bf16")
+        return models.path(self.model + "-bf16")
 
     def settings(self, row: Row) -> list[Setting]:
         one_at_a_time = row.batch == 1 or row.kind == "serve"  # batches are what the others are for
@@ -261,6 +261,16 @@ class OpenVino(Python):
 
     def settings(self, row: Row) -> list[Setting]:
         return [{}] if row.batch == 1 else []  # reads batches of padded prompts only as texts
+
+
+class OnnxRuntime(Python):
+    name, script, slow_to_load = "onnxruntime", "with_onnxruntime.py", True
+
+    def path(self) -> Path:
+        return models.path(self.model + "-onnx")
+
+    def settings(self, row: Row) -> list[Setting]:
+        return [{}]
 
 
 # -- llama.cpp -----------------------------------------------------------------------------------------------
@@ -337,5 +347,5 @@ def _output(command: list[str]) -> str:
 
 
 PROGRAMS: dict[str, type[Program]] = {
-    program.name: program for program in (FastLLM, LlamaCpp, Vllm, OpenVino, Transformers)
+    program.name: program for program in (FastLLM, LlamaCpp, Vllm, OpenVino, OnnxRuntime, Transformers)
 }

@@ -12,7 +12,8 @@ SETUP = protocol.setup()
 protocol.reserve_stdout()
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: no queues between
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "auto")
+PROCESSORS = sorted(os.sched_getaffinity(0))[: SETUP["threads"]]
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, PROCESSORS)))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", str(SETUP["threads"]))
 
