@@ -1,6 +1,6 @@
 """fastllm and its peers, side by side: the same weights, the same token counts, in turns.
 
-    python bench/peers.py install llama.cpp vllm openvino transformers      once
+    python bench/peers.py install llama.cpp vllm openvino onnxruntime transformers         once
     python bench/compare.py --quick                                         a look, a minute or two
     python bench/compare.py                                                 everything, hours
     python bench/compare.py --models smollm2-q4_0 --rows prefill-512,decode-1 --append    a part of it
@@ -107,9 +107,9 @@ def add_model(record: dict[str, Any], name: str) -> None:
 
 
 def add_directory(record: dict[str, Any], path: Path) -> None:
-    """What programs read that need safetensors."""
+    """What programs read that need another form of the weights."""
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted([*path.glob("*.safetensors"), *path.glob("*.onnx*")])
         record["models"][path.name] = {"files": [machine.file_facts(file) for file in files]}
 
 

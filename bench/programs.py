@@ -75,7 +75,7 @@ class Program:
 
 
 class Watched:
-    """A process with its start and the most memory that it and its children's processes held."""
+    """A process, when it was started, and the most memory that it held."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.peak_bytes = 0

@@ -119,8 +119,8 @@ INK, FAINT, BAR, MISSED, TICK = "#1f2328", "#d0d7de", "#2f81f7", "#bf8700", "#cf
 
 
 def chart(record: dict[str, Any], results: Sequence[Result]) -> str:
-    """One bar per row that has a ratio."""
-    shown = [result for result in results if "ratio" in result]
+    """One bar per row that has a ratio, of speeds."""
+    shown = [result for result in results if "ratio" in result and result["row"] != "memory"]
     most = max([max(r["ratio"]["high"], _bar_of(r) or 0) for r in shown], default=1.0)
     top = max(2, math.ceil(most))
     height = TOP + LINE * len(shown) + 40
