@@ -67,11 +67,11 @@ class Reference(FastLLM):
 
 def new_record(options: argparse.Namespace) -> dict[str, Any]:
     head = {name: getattr(options, name) for name in SAME}
-    return {**head, "sessions": [], "peers": {}, "models": {}, "limits": [], "measurements": []}
+    return {**head, "parts": [], "peers": {}, "models": {}, "limits": [], "measurements": []}
 
 
 def begin(options: argparse.Namespace, chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The record to write to, with this session in it.
+    """The record to write to, with this part in it.
 
     Raises:
         SystemExit: --append, and the parts would not be comparable.
@@ -82,14 +82,14 @@ def begin(options: argparse.Namespace, chosen: dict[str, dict[str, Any]]) -> dic
     about["isa"] = options.isa or about["isa"]
     for name in SAME:
         _same(name, record[name], getattr(options, name))
-    if record["sessions"]:
-        before = record["sessions"][0]["machine"]
+    if record["parts"]:
+        before = record["parts"][0]["machine"]
         for name in ("commit", "processor", "processors"):
             _same(name, before[name], about[name])
     for name, version in chosen.items():
         _same(f"version of {name}", record["peers"].setdefault(name, version), version)
     shape = {name: getattr(options, name) for name in ("pairs", "trial", "repeats", "slow_pairs")}
-    record["sessions"].append({"machine": about, **shape})
+    record["parts"].append({"machine": about, **shape})
     return record
 
 
@@ -154,8 +154,8 @@ def measure_row(
     record: dict[str, Any], model: str, row: Row, programs: list[Program], options: argparse.Namespace
 ) -> None:
     """All rounds of one row, saved after each."""
-    session = len(record["sessions"]) - 1
-    where = {"session": session, "model": model, "row": row.name}
+    part = len(record["parts"]) - 1
+    where = {"part": part, "model": model, "row": row.name}
     record["limits"].append(
         {**where, **limits.measure(options.threads, record["isa"], seconds=0.1, mebibytes=512)}
     )

@@ -22,9 +22,9 @@
 
 namespace {
 
-constexpr int kChains = 12;       // enough to hide 4 to 5 cycles of latency on two ports; fits 16 registers
-constexpr int kRounds = 5;        // of each figure
-constexpr int kBatch = 100'000;   // iterations between two looks at the clock
+constexpr int kChains = 12;      // enough to hide 4 to 5 cycles of latency on two ports; fits 16 registers
+constexpr int kRounds = 5;       // of each figure
+constexpr int kBatch = 100'000;  // iterations between two looks at the clock
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -53,31 +53,31 @@ double rate(int threads, const std::function<double(int)>& work) {
   return total / seconds;
 }
 
-// ---- arithmetic --------------------------------------------------------------------------------------------
+// ---- arithmetic
+// --------------------------------------------------------------------------------------------
 //
 // Each body does one multiply-add of every chain; the empty asm keeps the operands opaque, so that nothing
 // is hoisted out of the loop.
 
-#define ARITHMETIC(name, Vector, zero, macs_per_vector, step)                          \
-  double name(double seconds) {                                                        \
-    Vector acc[kChains], a = zero, b = zero;                                           \
-    for (Vector& chain : acc) chain = zero;                                            \
-    double count = 0;                                                                  \
-    for (const double end = now() + seconds; now() < end; count += kBatch)             \
-      for (int i = 0; i < kBatch; ++i) {                                               \
-        asm volatile("" : "+x"(a), "+x"(b));                                           \
-        _Pragma("GCC unroll 16") for (int c = 0; c < kChains; ++c) { step; }           \
-      }                                                                                \
-    for (Vector& chain : acc) asm volatile("" : : "x"(chain));                         \
-    return count * kChains * (macs_per_vector) * 2;                                    \
+#define ARITHMETIC(name, Vector, zero, macs_per_vector, step)                \
+  double name(double seconds) {                                              \
+    Vector acc[kChains], a = zero, b = zero;                                 \
+    for (Vector& chain : acc) chain = zero;                                  \
+    double count = 0;                                                        \
+    for (const double end = now() + seconds; now() < end; count += kBatch)   \
+      for (int i = 0; i < kBatch; ++i) {                                     \
+        asm volatile("" : "+x"(a), "+x"(b));                                 \
+        _Pragma("GCC unroll 16") for (int c = 0; c < kChains; ++c) { step; } \
+      }                                                                      \
+    for (Vector& chain : acc) asm volatile("" : : "x"(chain));               \
+    return count * kChains * (macs_per_vector) * 2;                          \
   }
 
 #ifdef __AVX512VNNI__
 ARITHMETIC(int8_avx512vnni, __m512i, _mm512_setzero_si512(), 64, acc[c] = _mm512_dpbusd_epi32(acc[c], a, b))
 #endif
 #ifdef __AVXVNNI__
-ARITHMETIC(int8_avxvnni, __m256i, _mm256_setzero_si256(), 32,
-           acc[c] = _mm256_dpbusd_avx_epi32(acc[c], a, b))
+ARITHMETIC(int8_avxvnni, __m256i, _mm256_setzero_si256(), 32, acc[c] = _mm256_dpbusd_avx_epi32(acc[c], a, b))
 #endif
 #ifdef __AVX512BF16__
 ARITHMETIC(bf16_avx512, __m512, _mm512_setzero_ps(), 32,
@@ -94,7 +94,8 @@ ARITHMETIC(int8_avx2, __m256i, _mm256_setzero_si256(), 32, asm volatile("" : "+x
 ARITHMETIC(fp32_avx2, __m256, _mm256_setzero_ps(), 8, acc[c] = _mm256_fmadd_ps(a, b, acc[c]))
 #endif
 
-// ---- memory ------------------------------------------------------------------------------------------------
+// ---- memory
+// ------------------------------------------------------------------------------------------------
 
 struct Area {
   explicit Area(std::size_t size) : bytes(size) {

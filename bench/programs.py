@@ -9,10 +9,7 @@ ones where loading is what is measured.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 import machine
 import models
 import peers
+from processes import Watched, output
 from rows import MEMORY_CONTEXT, Row
 
 Setting = dict[str, Any]
@@ -69,57 +67,6 @@ class Program:
 
     def close(self) -> None:
         """Ends what still waits."""
-
-
-# -- processes -----------------------------------------------------------------------------------------------
-
-
-class Watched:
-    """A process, when it was started, and the most memory that it held."""
-
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        self.peak_bytes = 0
-        self.started = time.time()
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("BENCH_STDERR") else subprocess.DEVNULL,
-            env={**os.environ, **environment},
-            text=True,
-        )
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        status = Path(f"/proc/{self.process.pid}/status")
-        while self.process.poll() is None:
-            try:
-                found = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-            except OSError:
-                return
-            if found:
-                self.peak_bytes = max(self.peak_bytes, int(found[0].split()[1]) * 1024)
-            time.sleep(0.02)
-
-    def line(self) -> dict[str, Any]:
-        """The next line of its answers, as JSON."""
-        assert self.process.stdout is not None
-        text = self.process.stdout.readline()
-        if not text:
-            raise RuntimeError(f"{self.process.args}: ended with {self.process.wait()}, see BENCH_STDERR=1")
-        found: dict[str, Any] = json.loads(text)
-        return found
-
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return self.line()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def job_of(row: Row, repeats: int, warmup: int, seed: int) -> dict[str, Any]:
@@ -305,7 +252,7 @@ class LlamaCpp(Program):
         shape = ["-p", str(row.prompt), "-n", "0", "-b", str(max(2048, row.prompt)), "-ub", micro]
         more = ["-fa", setting["flash_attention"], "-r", str(repeats), "-o", "json"]
         command = [self.program("llama-bench"), *common, *shape, *more, *([] if warmup else ["--no-warmup"])]
-        (answer,) = json.loads(_output(command))
+        (answer,) = json.loads(output(command))
         samples = list(answer["samples_ts"])
         about = ("build_number", "cpu_info", "backends", "model_type", "type_k", "type_v")
         return Figure(median(samples), samples, {"about": {key: answer.get(key) for key in about}})
@@ -317,7 +264,7 @@ class LlamaCpp(Program):
         room = str(row.batch * row.max_len)
         more = ["-fa", setting["flash_attention"], "-c", room, "-b", "2048", "-ub", "512"]
         command = [self.program("llama-batched-bench"), *common, *shape, *more, "--output-format", "jsonl"]
-        lines = [json.loads(line) for line in _output(command).splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in output(command).splitlines() if line.startswith("{")]
         if len(lines) != repeats:
             raise RuntimeError(f"{' '.join(command)}: {len(lines)} of {repeats} measurements")
         if row.kind == "serve":
@@ -339,11 +286,6 @@ class LlamaCpp(Program):
         process.close()
         value = seconds if row.kind == "load" else process.peak_bytes / 1e6
         return Figure(value, [value], {"peak_bytes": process.peak_bytes, "seconds": seconds})
-
-
-def _output(command: list[str]) -> str:
-    quiet = None if os.environ.get("BENCH_STDERR") else subprocess.DEVNULL
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=quiet, text=True, check=True).stdout
 
 
 PROGRAMS: dict[str, type[Program]] = {

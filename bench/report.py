@@ -76,7 +76,7 @@ def markdown(record: dict[str, Any], results: Sequence[Result]) -> str:
 
 
 def _preface(record: dict[str, Any], results: Sequence[Result]) -> list[str]:
-    machine = record["sessions"][-1]["machine"]
+    machine = record["parts"][-1]["machine"]
     best = {name: max(item[name] for item in record["limits"]) for name in ("int8", "read")}
     peers = "; ".join(f"{name} {_version(about)}" for name, about in record["peers"].items())
     loads = [item["load_average"] for item in record["measurements"]]
@@ -128,7 +128,7 @@ def chart(record: dict[str, Any], results: Sequence[Result]) -> str:
     def x(ratio: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * min(ratio, top) / top
 
-    machine = record["sessions"][-1]["machine"]
+    machine = record["parts"][-1]["machine"]
     title = "fastllm against the best peer on the same weights: times as fast"
     below = f"{machine['processor']}, {record['threads']} threads, {machine['isa']}"
     below += f"; commit {machine['commit'][:8]}"

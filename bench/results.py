@@ -19,7 +19,7 @@ from rows import Row
 
 Record = dict[str, Any]
 Round = tuple[int, int]
-"""Session and number."""
+"""Part and number."""
 
 LEVEL = 0.95
 FASTLLM = "fastllm"
@@ -47,21 +47,21 @@ def _interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def figures(record: Record, model: str, row: Row) -> dict[str, dict[Round, dict[str, Any]]]:
-    """Program -> round -> its measurement, with the setting that was best in that session.
+    """Program -> round -> its measurement, with the setting that was best in that part.
 
-    Settings are tried in a session's first rounds and only the best goes on; so that is the one with the
+    Settings are tried in a part's first rounds and only the best goes on; so that is the one with the
     most rounds, and if they are equal the one with the better median.
     """
     groups: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for item in record["measurements"]:
         if (item["model"], item["row"]) == (model, row.name):
-            groups[item["program"], item["session"]][json.dumps(item["setting"], sort_keys=True)].append(item)
+            groups[item["program"], item["part"]][json.dumps(item["setting"], sort_keys=True)].append(item)
     found: dict[str, dict[Round, dict[str, Any]]] = defaultdict(dict)
     sign = -1 if row.lower_is_better else 1
-    for (program, session), settings in groups.items():
+    for (program, part), settings in groups.items():
         best = max(settings.values(), key=lambda items: (len(items), sign * _median_value(items)))
         for item in best:
-            found[program][session, item["round"]] = item
+            found[program][part, item["round"]] = item
     return dict(found)
 
 
