@@ -111,7 +111,8 @@ def result(record: Record, model: str, row: Row) -> dict[str, Any]:
         if pairs:
             out["ratio"] = _interval(pairs)
     out["checks"] = list(_checks(record, model, row, found, out))
-    out["anchors"] = list(_anchors(model, row, work, out))
+    # The anchors are those of native builds.
+    out["anchors"] = [] if record["isa"] else list(_anchors(model, row, work, out))
     return out
 
 
