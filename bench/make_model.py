@@ -157,8 +157,9 @@ def write(path: Path, shape: Shape, types: Mapping[str, str], seed: int, tokeniz
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_layer_norm_rms_eps(1e-5)
-    for key, (value, kind, element) in tokenizer_fields(tokenizer, shape.vocab).items():
-        writer.add_key_value(key, value, kind, element if kind is gguf.GGUFValueType.ARRAY else None)
+    for key, (value, value_type, element) in tokenizer_fields(tokenizer, shape.vocab).items():
+        is_array = value_type is gguf.GGUFValueType.ARRAY
+        writer.add_key_value(key, value, value_type, element if is_array else None)
 
     listed = [(tensor, gguf.GGMLQuantizationType[types.get(tensor.kind, "F32")]) for tensor in tensors(shape)]
     for tensor, kind in listed:

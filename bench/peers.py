@@ -166,7 +166,11 @@ def installed(peer: str) -> dict[str, Any] | None:
         if not builds:
             return None
         command = [llama(LLAMA_TARGETS[-1], builds[0]), "--version"]
-        about = subprocess.run(command, capture_output=True, text=True).stderr.strip().splitlines()
+        about = (
+            subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            .stderr.strip()
+            .splitlines()
+        )
         said = [line for line in about if line.startswith(("version", "built"))]
         return {"build": f"b{LLAMA_CPP}", "builds": builds, "about": said}
     if not python_of(peer).exists():

@@ -66,7 +66,7 @@ def figures(record: Record, model: str, row: Row) -> dict[str, dict[Round, dict[
 
 
 def _median_value(items: Sequence[dict[str, Any]]) -> float:
-    return median(item["value"] for item in items)
+    return float(median(item["value"] for item in items))
 
 
 def ratios(row: Row, ours: dict[Round, dict[str, Any]], theirs: dict[Round, dict[str, Any]]) -> list[float]:
