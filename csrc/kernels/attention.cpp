@@ -97,6 +97,18 @@ void convert(const void* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += 16) store(to + i, load_values<T>(from, i));
 }
 
+// Asks for the K and V of a tile that will be read next: its blocks lie anywhere.
+void prefetch_tile(const KvView* kv, const AttentionTask* task, int64_t index) {
+  const Tile tile = find_tile(kv, task, index, 0, task->queries);
+  const int64_t bytes = 16 * kv->head_dim * value_bytes(kv->type);
+  for (int run = tile.first / 16; run <= tile.last / 16; ++run) {
+    for (int64_t at = 0; at < bytes; at += 64) {
+      __builtin_prefetch(static_cast<const char*>(tile.k[run]) + at);
+      __builtin_prefetch(static_cast<const char*>(tile.v[run]) + at);
+    }
+  }
+}
+
 // The tile's runs in sight as fp32, int8 codes unscaled.
 template <KvType T>
 Tile convert_tile(const Tile& tile, int64_t head_dim, const Scratch& scratch) {
@@ -409,6 +421,7 @@ void attention(const KvView* kv, const AttentionTask* task, float* scratch_memor
     }
     const int64_t tiles = (task->first_position + end - 1) / kKvTile + 1;
     for (int64_t index = attention_first_position(task, begin) / kKvTile; index < tiles; ++index) {
+      if (index + 1 < tiles) prefetch_tile(kv, task, index + 1);
       compute_tile(kv, task, index, begin, end, scratch,
                    [&](int64_t row, int count, const float* maximums, const float* sums)
                        __attribute__((always_inline)) {
@@ -442,6 +455,7 @@ void attention_tiles(const KvView* kv, const AttentionTask* task, int64_t tile_b
     const int64_t end = min_of(begin + step, task->queries);
     quantize_block(kv, task, begin, end, scratch);
     for (int64_t index = tile_begin; index < tile_end; ++index) {
+      if (index + 1 < tile_end) prefetch_tile(kv, task, index + 1);
       float* records = partials + (index - tile_begin) * rows * record;
       compute_tile(kv, task, index, begin, end, scratch,
                    [&](int64_t row, int count, const float* maximums, const float* sums)

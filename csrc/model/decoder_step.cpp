@@ -16,8 +16,11 @@ constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this 
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Chunks small enough to even out a slow neighbour, large enough to stream.
-std::int64_t chunk_of(std::int64_t n, int threads) { return std::max<std::int64_t>(1, n / (threads * 4)); }
+// Panels handed out at a time: about four chunks a thread, small enough to even out a slow neighbour and
+// large enough to stream; whole pairs, which the kernels compute together.
+std::int64_t panels_at_once(std::int64_t panels, int threads) {
+  return 2 * ceil_div(panels, static_cast<std::int64_t>(threads) * 8);
+}
 
 }  // namespace
 
@@ -199,7 +202,7 @@ void Decoder::multiply(Team& team, int thread, const float* x, std::int64_t ldx,
   for (int i = 0; i < count; ++i) panels += products[i].w->panels();
   const QuantizedRows q = quantized(products[0].w->cols);
   void* scratch = thread_state_[static_cast<std::size_t>(thread)].scratch.as<void>();
-  team.for_each(panels, chunk_of(panels, team.size()), [&](std::int64_t begin, std::int64_t end) {
+  team.for_each(panels, panels_at_once(panels, team.size()), [&](std::int64_t begin, std::int64_t end) {
     std::int64_t first = 0;
     for (int i = 0; i < count; ++i) {
       const Product& p = products[i];

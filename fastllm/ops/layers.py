@@ -78,8 +78,8 @@ def softcap(x: Float32Array, cap: float) -> Float32Array:
 def hadamard(x: Float32Array) -> Float32Array:
     """H x along the last axis, H the orthonormal Hadamard matrix of order S (Sylvester 1867), block by block.
 
-    S is the greatest power of two that divides the last axis. H is symmetric and its own inverse, so products of
-    two rotated vectors are those of the vectors. An int8 cache stores its heads rotated (`KvCache`).
+    S is the greatest power of two that divides the last axis. H is symmetric and its own inverse, so products
+    of two rotated vectors are those of the vectors. An int8 cache stores its heads rotated (`KvCache`).
 
     Args:
         x: float32 (..., N), N a multiple of 16.
