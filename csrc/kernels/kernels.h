@@ -168,7 +168,7 @@ struct Kernels {
   int64_t (*argmax)(const float* x, int64_t n);             // the lowest index among equals; NaN never wins
 };
 
-constexpr int kMatmulRowsAtOnce = 96;  // rows that share one unpacking of a panel
+constexpr int kMatmulRowsAtOnce = 192;  // rows that share one unpacking of a panel
 
 // Bytes of scratch that one thread of matmul_q needs: two panels unpacked to bytes, their scales and mins in
 // fp32, two words for each row and step of 16 columns.

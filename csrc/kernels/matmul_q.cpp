@@ -1,7 +1,7 @@
 // y[m, n] = sum over weight groups g, ascending, of  scale[n, g] * t[m, n, g]
 //           + sum over weight groups g, ascending, of  min[n, g] * f[m, g]
-//   t[m, n, g] = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} (code[n, k] - zero) xq[m,
-//   k] f[m, g]    = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} xq[m, k]
+//   t[m, n, g] = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} (code[n, k] - zero) q[m,
+//   k] f[m, g]    = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} q[m, k]
 // for weights in packed codes and activations in int8. A step is 16 columns, the group of the activations; a
 // weight group is one step or several.
 //
@@ -12,10 +12,10 @@
 // outputs.
 //
 // Two paths, same arithmetic:
-//   direct   up to kDirectRows rows: codes are unpacked in registers as they stream by
-//   panel    more rows: the codes, scales and minimums of one or two panels are unpacked once into scratch
-//   (L1
-//            or L2), then tiles of R rows x C columns run over them
+//   direct   up to direct_rows(): a tile unpacks the codes in registers as they stream by, and asks for those
+//            of the next panel
+//   panel    more rows: one or two panels are unpacked once into scratch (L1 or L2), then tiles of R rows x C
+//            columns run over them
 // Cost on AVX-512 VNNI per row, 16 outputs and 32 columns that share a scale: 8 vpdpbusd, 2 conversions, 3
 // FMAs, and one more FMA with minimums: at one vpdpbusd or FMA a cycle 73 % (67 %) of the peak of vpdpbusd.
 // Loads per row: 8 activation quads, 2 starts, 2 scales, each shared by C columns; per column 8 lines, shared
@@ -30,17 +30,18 @@ namespace {
 constexpr int kStep = kActivationGroup;
 static_assert(kStep == 16, "a step is four lines of four columns");
 
+constexpr int64_t kRowsAtOnce = kMatmulRowsAtOnce;  // rows whose starts and sums lie in scratch
+
 #if defined(FASTLLM_ISA_avx512vnni)
-constexpr int kTileRows = 8;     // rows of a tile one column wide
-constexpr int kTwinRows = 4;     // rows of a tile two columns wide
-constexpr int kDirectRows = 16;  // as many rows as unpack in registers at less than unpacking once costs
+constexpr int kTileRows = 8;  // rows of a tile one column wide
+constexpr int kTwinRows = 4;  // rows of a tile two columns wide
+// As many rows as run faster when each tile unpacks the codes anew: nibbles always do.
+constexpr int64_t direct_rows(Unpack kind) { return kind == Unpack::u4 ? kRowsAtOnce : 32; }
 #else
 constexpr int kTileRows = 4;
 constexpr int kTwinRows = 0;  // too few registers
-constexpr int kDirectRows = 4;
+constexpr int64_t direct_rows(Unpack) { return 4; }
 #endif
-
-constexpr int64_t kRowsAtOnce = kMatmulRowsAtOnce;  // rows whose starts and sums lie in scratch
 
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -48,11 +49,10 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A run of rows, with what depends on the weights' format.
 struct Activations {
-  const int8_t* q;      // (rows, kp)
-  const float* scales;  // (rows, steps)
-  const int32_t*
-      starts;         // (rows, steps): -zero times the sum of q over the step, where its dot product begins
-  const float* sums;  // (rows, groups): f; with minimums only
+  const int8_t* q;        // (rows, kp)
+  const float* scales;    // (rows, steps)
+  const int32_t* starts;  // (rows, steps): -zero * sum of q over the step, where its dot product begins
+  const float* sums;      // (rows, groups): f; with minimums only
   int64_t kp;
   int64_t steps;
   int64_t groups;
@@ -105,11 +105,21 @@ struct Packed {
   PanelScales<int8_t> scales;
   PanelScales<uint8_t> mins;
   int part;
+  int64_t panel_bytes;  // of codes
 
   // Line `quad` of the eight of columns 32 * block to + 31.
   template <int quad>
   FASTLLM_INLINE vb line(int64_t block, int c) const {
     return codes.template line<kind, quad>(block, part + c);
+  }
+  // Asks for the block's codes in the panel that comes next: a panel is little more than a page, and at each
+  // page the hardware's prefetchers begin anew. Spread over the tile, or the loads of a whole panel would
+  // queue up.
+  FASTLLM_INLINE void prefetch(int64_t block) const {
+    constexpr int64_t kBytes = kind == Unpack::u8 ? 512 : 256;
+    const uint8_t* next = codes.codes + panel_bytes + block * kBytes;
+#pragma GCC unroll 8
+    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at);
   }
   FASTLLM_INLINE vf scale(int64_t g, int c) const { return scales.at(g, part + c); }
   FASTLLM_INLINE vf minimum(int64_t g, int c) const { return mins.at(g, part + c); }
@@ -132,6 +142,7 @@ struct Unpacked {
     const int64_t panel = (part + c) / kParts, lane = (part + c) % kParts;
     return vb_load(bytes + panel * kp * kPanel + block * 512 + quad * 64 + lane * kLineBytes);
   }
+  FASTLLM_INLINE void prefetch(int64_t) const {}
   FASTLLM_INLINE vf scale(int64_t g, int c) const { return value(scales, g, c); }
   FASTLLM_INLINE vf minimum(int64_t g, int c) const { return value(mins, g, c); }
   FASTLLM_INLINE vf value(const float* from, int64_t g, int c) const {
@@ -214,6 +225,7 @@ __attribute__((noinline)) void tile(const Weights& weights, const Activations& x
   const int64_t blocks = x.steps / 2;
   if constexpr (fine) {
     for (int64_t block = 0; block < blocks; ++block) {
+      weights.prefetch(block);
       add_step<R, C, 0>(weights, x, block, t);
       end_group(weights, 2 * block, t, acc);
       add_step<R, C, 4>(weights, x, block, t);
@@ -223,6 +235,7 @@ __attribute__((noinline)) void tile(const Weights& weights, const Activations& x
     for (int64_t block = 0, g = 0; block < blocks; ++g) {
       const int64_t end = min_of(block + x.blocks_per_group, blocks);
       do {
+        weights.prefetch(block);
         add_step<R, C, 0>(weights, x, block, t);
         add_step<R, C, 4>(weights, x, block, t);
       } while (++block < end);
@@ -286,7 +299,8 @@ void direct(const Job& job, const Activations& x) {
   const PackedView* w = job.w;
   for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
     Packed<kind> weights{PanelCodes(w, panel), PanelScales<int8_t>(w->scales, w->subscales, w, panel),
-                         PanelScales<uint8_t>(w->mins, w->submins, w, panel), 0};
+                         PanelScales<uint8_t>(w->mins, w->submins, w, panel), 0,
+                         w->kp * (kind == Unpack::u8 ? kPanel : kPanel / 2)};
     for (; weights.part < kParts; ++weights.part)
       tiles_of<1, kTileRows, fine>(weights, x, 0, job.rows, w->mins != nullptr,
                                    job.output(panel, weights.part));
@@ -375,7 +389,7 @@ void matmul(const Job& all, const QuantizedRows* x, void* memory) {
     job.rows = min_of(kRowsAtOnce, all.rows - m);
     job.y += m * job.ldy;
     const Activations rows = prepare(w, x, m, job.rows, zero, starts, sums);
-    const bool few = job.rows <= kDirectRows;
+    const bool few = job.rows <= direct_rows(kind);
     if (w->group == kStep) {
       few ? direct<kind, true>(job, rows) : unpacked<kind, true>(job, rows, scratch);
     } else {
