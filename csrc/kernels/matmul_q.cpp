@@ -1,9 +1,9 @@
 // y[m, n] = sum over weight groups g, ascending, of  scale[n, g] * t[m, n, g]
 //           + sum over weight groups g, ascending, of  min[n, g] * f[m, g]
-//   t[m, n, g] = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} (code[n, k] - zero) q[m,
-//   k] f[m, g]    = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} q[m, k]
-// for weights in packed codes and activations in int8. A step is 16 columns, the group of the activations; a
-// weight group is one step or several.
+//   t[m, n, g] = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} c[n, k] q[m, k]
+//   f[m, g] = sum over steps s of g, ascending, of  xscale[m, s] * sum_{k in s} q[m, k]
+// for weights in packed codes, c = code - zero, and activations in int8. A step is 16 columns, the group of
+// the activations; a weight group is one step or several.
 //
 // Numerics: the inner sum over k is an exact int32 (|sum| <= 16 * 255 * 127). t starts at +0 and takes one
 // fp32 FMA per step, the output's accumulator one FMA per group; minimums have an accumulator of their own,
