@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 
 @contextlib.contextmanager
 def interruptible(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A program that Ctrl-C reaches, as in a terminal: a shell starts background jobs with SIGINT ignored, and
-    what is ignored is inherited. It does not outlive a test that fails."""
+    """A program that Ctrl-C reaches, as in a terminal: a shell starts background jobs with SIGINT ignored,
+    and what is ignored is inherited. It does not outlive a test that fails."""
 
     def heed() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
