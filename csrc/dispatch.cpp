@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "core/argument_error.h"
+
 namespace fastllm {
 
 // A new instruction set adds its table here, a row to kEntries, and a function that says whether it runs.
@@ -65,11 +67,11 @@ const Kernels& kernels() {
 const Kernels& kernels_for(const std::string& name) {
   for (const Entry& entry : kEntries) {
     if (name != entry.table->name) continue;
-    if (!entry.supported()) throw std::invalid_argument("FASTLLM_ISA: this CPU does not support " + name);
+    if (!entry.supported())
+      throw ArgumentError("FASTLLM_ISA", name, "a set that this CPU runs (" + joined(supported_isas()) + ")");
     return *entry.table;
   }
-  throw std::invalid_argument("FASTLLM_ISA: unknown instruction set " + name +
-                              ", known: " + joined(built_isas()));
+  throw ArgumentError("FASTLLM_ISA", name, "one of " + joined(built_isas()));
 }
 
 std::vector<std::string> built_isas() {

@@ -9,11 +9,11 @@
 
 namespace fastllm {
 
-// The table in use. First call decides; throws std::invalid_argument when FASTLLM_ISA names a set that is
+// The table in use. First call decides; throws ArgumentError when FASTLLM_ISA names a set that is
 // unknown or that this machine cannot run.
 const Kernels& kernels();
 
-// The table of one instruction set by name; throws std::invalid_argument as above.
+// The table of one instruction set by name; throws ArgumentError as above.
 const Kernels& kernels_for(const std::string& name);
 
 std::vector<std::string> built_isas();      // best first

@@ -161,14 +161,19 @@ def read_tokenizer(reference: str | os.PathLike[str], *, progress: bool = True) 
 
 
 def _tokenizer(options: ModelOptions, checkpoint: Checkpoint) -> Tokenizer:
-    from fastllm.formats.tokenizer import load_tokenizer
+    from fastllm.formats.tokenizer import Tokenizer, load_tokenizer
 
     given = options.tokenizer
     if given is None:
         return load_tokenizer(checkpoint)
-    if isinstance(given, (str, os.PathLike)):
+    if isinstance(given, Tokenizer):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
+        raise RequestError("tokenizer", given, "a Tokenizer, or a path or a model reference")
+    try:
         return read_tokenizer(given, progress=options.progress)
-    return given
+    except RequestError as error:  # of a reference: it speaks of a model
+        raise RequestError("tokenizer", error.value, error.limit) from error
 
 
 def _executor(options: ModelOptions, checkpoint: Checkpoint, spec: DecoderSpec) -> CpuExecutor:

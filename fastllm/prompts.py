@@ -112,17 +112,18 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt, place: str = "") -> Sequence[
     """The token ids of a prompt. Text gets the BOS that the model wants.
 
     Raises:
-        RequestError: the text has lone surrogates.
+        RequestError: the text has lone surrogates, or gives no token at all.
     """
     if prompt.token_ids is not None:
         return prompt.token_ids
     assert prompt.text is not None
     try:
-        return tokenizer.encode(prompt.text)
+        ids = tokenizer.encode(prompt.text)
     except RequestError as error:
-        if not place:
-            raise
-        raise RequestError(place, error.value, error.limit) from error
+        raise RequestError(place or "prompt", error.value, error.limit) from error
+    if not ids:  # an empty text, where the model wants no BOS
+        raise RequestError(place or "prompt", prompt.text, "a text of at least one token")
+    return ids
 
 
 def parse_conversations(value: object) -> tuple[list[Sequence[Message]], bool]:

@@ -318,6 +318,12 @@ def test_bad_messages(tokenizers: dict[str, Tokenizer], messages: Any, field: st
         tokenizers["chatml"].apply_chat_template(messages)
 
 
+@pytest.mark.parametrize("tools", ["get_weather", {"type": "function"}, 5])
+def test_tools_are_a_list(tokenizers: dict[str, Tokenizer], tools: Any) -> None:
+    with pytest.raises(RequestError, match=r"^tools: expected a list"):
+        tokenizers["chatml"].apply_chat_template(USER, tools=tools)
+
+
 def test_messages_that_contain_themselves(tokenizers: dict[str, Tokenizer]) -> None:
     deep: list[Any] = []
     deep.append(deep)

@@ -258,5 +258,16 @@ def test_override_takes_effect(isa: str) -> None:
 def test_unknown_override_is_an_error() -> None:
     done = run_python("from fastllm import _core; print(_core.isa())", FASTLLM_ISA="sse9")
     assert done.returncode != 0
-    assert "RequestError" in done.stderr
-    assert "baseline" in done.stderr
+    assert "RequestError: FASTLLM_ISA: expected one of " in done.stderr
+    assert "baseline, got 'sse9'" in done.stderr
+
+
+LACKING = [isa for isa in ("avxvnni", "avx512vnni") if isa not in ISAS]
+
+
+@pytest.mark.skipif(not LACKING, reason="this machine runs every instruction set")
+def test_an_override_that_the_machine_lacks_is_an_error() -> None:
+    x = np.ones((1, 16), dtype=np.float32)
+    with pytest.raises(RequestError) as caught:
+        _core.rms_norm(x, x[0], 1e-5, isa=LACKING[0])
+    assert (caught.value.field, caught.value.value) == ("FASTLLM_ISA", LACKING[0])

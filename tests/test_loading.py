@@ -93,8 +93,10 @@ def test_the_tokenizer_may_come_from_elsewhere(directory: Path, tmp_path: Path) 
         with LLM(gguf, tokenizer=reference, **SMALL) as llm:
             assert llm.get_tokenizer().encode("some text") == own.encode("some text")
             assert len(llm.generate("some text", LONG)[0].outputs[0].token_ids) == 20
-    with pytest.raises(RequestError, match=r"^model"):
-        LLM(gguf, tokenizer=tmp_path / "nothing", **SMALL)
+    for wrong in (tmp_path / "nothing", "pypi:", 5, b"bytes"):
+        with pytest.raises(RequestError) as caught:
+            LLM(gguf, tokenizer=wrong, **SMALL)  # type: ignore[arg-type]
+        assert caught.value.field == "tokenizer"
 
 
 def test_lengths_come_from_model_and_cache(directory: Path) -> None:

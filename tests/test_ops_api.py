@@ -68,6 +68,9 @@ def test_a_matrix_of_a_gguf_file() -> None:
     expected = codes * scales.astype(np.float32)
     assert (ops.dequantize_ggml("Q8_0", data, 2, 32) == expected).all()
     assert (ops.dequantize(ops.from_ggml("Q8_0", data, 2, 32)) == expected).all()
+    apart = np.stack([data, data], axis=1)[:, 0]  # not contiguous
+    assert (ops.dequantize_ggml("Q8_0", apart, 2, 32) == expected).all()
+    assert (ops.dequantize(ops.from_ggml("Q8_0", apart, 2, 32)) == expected).all()
     swapped = ops.from_ggml("Q8_0", data, 2, 32, ints(1, 0))
     assert (ops.dequantize(swapped) == expected[::-1]).all()
     assert (ops.embedding(swapped, ints(1, 0, 1)) == expected[[0, 1, 0]]).all()
@@ -264,6 +267,15 @@ WRONG: list[tuple[str, Callable[[], object]]] = [
     ("group", lambda: ops.quantize(normal(4, 32), 4, 7)),
     ("dtype", lambda: ops.from_float(normal(4, 4), "f64")),
     ("data", lambda: ops.from_ggml("Q8_0", normal(4), 1, 32)),  # type: ignore[arg-type]
+    ("quantize: array", lambda: ops.quantize([[1.0] * 32])),  # type: ignore[arg-type]
+    ("quantize: array", lambda: ops.quantize(None)),  # type: ignore[arg-type]
+    ("from_float: array", lambda: ops.from_float([[1.0]])),  # type: ignore[arg-type]
+    ("from_ggml: data", lambda: ops.from_ggml("F32", bytes(8), 2, 1)),  # type: ignore[arg-type]
+    ("from_ggml: row_order", lambda: ops.from_ggml("F32", np.zeros(8, np.uint8), 2, 1, [1, 0])),  # type: ignore[arg-type]
+    ("dequantize_ggml: data", lambda: ops.dequantize_ggml("F32", bytes(8), 2, 1)),  # type: ignore[arg-type]
+    ("dequantize: w", lambda: ops.dequantize(normal(4, 32))),  # type: ignore[arg-type]
+    ("matmul: w", lambda: ops.matmul(normal(2, 16), normal(8, 16))),  # type: ignore[arg-type]
+    ("embedding: w", lambda: ops.embedding(normal(8, 16), ints(0))),  # type: ignore[arg-type]
     ("row_order", lambda: ops.from_ggml("F32", np.zeros(8, np.uint8), 2, 1, np.zeros(2, np.int64))),
     ("quantize_rows: x", lambda: ops.quantize_rows(normal(4))),
     ("matmul: x", lambda: ops.matmul(normal(2, 16).astype(np.float64), W)),

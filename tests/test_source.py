@@ -115,6 +115,10 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert resolve(tmp_path) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert resolve(".") == Path(".")
+    with pytest.raises(RequestError, match=r"^model"):
+        resolve("")  # what an unset variable gives is not the current directory
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ class ChatTemplate:
             if name in _RESERVED or name.startswith("_"):
                 raise RequestError("chat_template_kwargs", name, "names that a template does not reserve")
             context[name] = copy(value, name)
-        context["tools"] = None if tools is None else copy(list(tools), "tools")
-        context["documents"] = None if documents is None else copy(list(documents), "documents")
+        context["tools"] = _listed(tools, "tools", copy)
+        context["documents"] = _listed(documents, "documents", copy)
         context["add_generation_prompt"] = bool(add_generation_prompt)
         return self._run(context)
 
@@ -143,6 +143,15 @@ class ChatTemplate:
 @lru_cache(maxsize=16)
 def _compile(source: str) -> Any:
     return _environment.compile_chat(source)
+
+
+def _listed(value: object, name: str, copy: _Copier) -> Any:
+    """A copy of a list, or None. A text or a mapping would fall apart into characters or keys."""
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+        raise RequestError(name, value, "a list, or None")
+    return copy(list(value), name)
 
 
 class _Copier:

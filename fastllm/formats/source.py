@@ -87,6 +87,8 @@ def cache_dir() -> Path:
 
 
 def _local(reference: str | os.PathLike[str]) -> Path:
+    if reference == "":  # Path would take it for the current directory
+        raise RequestError("model", "", REFERENCE_FORMS)
     path = Path(reference).expanduser()
     if path.is_file():
         return path

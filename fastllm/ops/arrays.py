@@ -33,6 +33,12 @@ def matrix(value: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     return contiguous(value).reshape(math.prod(value.shape[:-1]), value.shape[-1])
 
 
+def check_array(argument: str, value: object, wanted: str) -> None:
+    """Raises RequestError unless the value is an array; for functions of the core that take nothing else."""
+    if not isinstance(value, np.ndarray):
+        raise RequestError(argument, describe(value), wanted)
+
+
 def check_alike(call: str, **arrays: Float32Array) -> None:
     """Raises RequestError unless all arrays are float32, with the shape of the first."""
     first, model = next(iter(arrays.items()))

@@ -8,9 +8,19 @@ import numpy.typing as npt
 
 from fastllm import _core
 from fastllm._core import PackedMatrix
-from fastllm.ops.arrays import Float32Array, Int8Array, Int32Array, UInt8Array, contiguous
+from fastllm.errors import RequestError
+from fastllm.ops.arrays import (
+    Float32Array,
+    Int8Array,
+    Int32Array,
+    UInt8Array,
+    check_array,
+    contiguous,
+    describe,
+)
 
 FloatArray = npt.NDArray[Any]  # float32, float16, or uint16 holding bf16 bits
+_WEIGHTS = "a 2-D array of float32, float16 or uint16 (bf16 bits)"
 
 
 def quantize(w: FloatArray, bits: int = 4, group: int = 32) -> PackedMatrix:
@@ -32,6 +42,7 @@ def quantize(w: FloatArray, bits: int = 4, group: int = 32) -> PackedMatrix:
         RequestError: a wrong dtype, shape, bits or group; a weight that is not finite, or too large for an
             fp16 scale, with its row and column.
     """
+    check_array("quantize: array", w, _WEIGHTS)
     return PackedMatrix.quantize(contiguous(w), bits, group)
 
 
@@ -45,6 +56,7 @@ def from_float(w: FloatArray, dtype: str = "f16") -> PackedMatrix:
     Raises:
         RequestError: a wrong dtype or shape; a finite value beyond fp16's range with dtype "f16".
     """
+    check_array("from_float: array", w, _WEIGHTS)
     return PackedMatrix.from_float(contiguous(w), dtype)
 
 
@@ -62,17 +74,24 @@ def from_ggml(
     Raises:
         RequestError: an unknown type, a byte count that does not fit, a row out of range.
     """
-    return PackedMatrix.from_ggml(dtype, data, rows, cols, row_order)
+    check_array("from_ggml: data", data, "a 1-D array of uint8")
+    if row_order is not None:
+        check_array("from_ggml: row_order", row_order, "a 1-D array of int32, or None")
+    return PackedMatrix.from_ggml(
+        dtype, contiguous(data), rows, cols, None if row_order is None else contiguous(row_order)
+    )
 
 
 def dequantize(w: PackedMatrix) -> Float32Array:
     """The values of a packed matrix, float32 (N, K): bit for bit those of the format it was packed from."""
+    _check_packed("dequantize", w)
     return w.unpack()
 
 
 def dequantize_ggml(dtype: str, data: UInt8Array, rows: int, cols: int) -> Float32Array:
     """The values of a matrix as a GGUF file stores it, float32 (rows, cols). Arguments: see `from_ggml`."""
-    return _core.dequantize_ggml(dtype, data, rows, cols)
+    check_array("dequantize_ggml: data", data, "a 1-D array of uint8")
+    return _core.dequantize_ggml(dtype, contiguous(data), rows, cols)
 
 
 def quantize_rows(x: Float32Array) -> tuple[Int8Array, Float32Array]:
@@ -109,6 +128,7 @@ def matmul(
     Returns:
         float32 (M, N).
     """
+    _check_packed("matmul", w)
     return _core.matmul(contiguous(x), w, None if residual is None else contiguous(residual), threads=threads)
 
 
@@ -122,4 +142,10 @@ def embedding(w: PackedMatrix, ids: Int32Array) -> Float32Array:
     Returns:
         float32 (T, K).
     """
+    _check_packed("embedding", w)
     return _core.embedding(w, contiguous(ids))
+
+
+def _check_packed(call: str, w: object) -> None:
+    if not isinstance(w, PackedMatrix):
+        raise RequestError(f"{call}: w", describe(w), "a PackedMatrix, as quantize and from_float make it")
