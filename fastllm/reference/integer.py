@@ -56,11 +56,12 @@ def hadamard(x: npt.ArrayLike) -> Float32:
     """
     x = np.asarray(x, dtype=np.float32)
     order = x.shape[-1] & -x.shape[-1]
-    y = x * (np.float32(1.0) / np.sqrt(np.float32(order)))
+    y: Float32 = x * (np.float32(1.0) / np.sqrt(np.float32(order)))
     for distance in (8, 4, 2, 1, *(16 << i for i in range(order.bit_length() - 5))):
         pairs = y.reshape(*x.shape[:-1], x.shape[-1] // (2 * distance), 2, distance)
         y = np.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), axis=-2)
-    return y.reshape(x.shape)
+    result: Float32 = y.reshape(x.shape)
+    return result
 
 
 def dequantize_activations(q: npt.ArrayLike, scale: npt.ArrayLike, group: int = 16) -> Float64:
