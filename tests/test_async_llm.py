@@ -142,7 +142,8 @@ async def test_the_errors_of_a_request() -> None:
         for prompt, params, options, message in (
             ({"prompt_token_ids": [VOCAB]}, GREEDY, {}, "prompt_token_ids"),
             ("b" * 100, GREEDY, {}, "prompt within"),
-            ("\n", GREEDY, {}, "text"),
+            ("\n", GREEDY, {}, "prompt: expected text"),
+            ("", GREEDY, {}, "prompt: expected a text of at least one token"),
             ("a", GREEDY, {"priority": 1}, "priority"),
             ("a", GREEDY, {"request_id": ""}, "request_id"),
             ("a", SamplingParams(stop_token_ids=[VOCAB]), {}, "stop_token_ids"),
