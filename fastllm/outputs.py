@@ -73,7 +73,8 @@ class CompletionOutput:
             that took part in a stop string.
         cumulative_logprob: sum of the chosen tokens' logprobs so far; None unless logprobs were asked for.
         logprobs: one dict per token of token_ids; None unless asked for.
-        finish_reason: "stop", "length", "abort", or None while it runs.
+        finish_reason: "stop", "length", "abort", "error" (the model's logits were not numbers, so that there
+            is no next token; what came before stays), or None while it runs.
         stop_reason: the stop string or stop token id that ended it; None for an end-of-sequence id.
     """
 

@@ -29,12 +29,13 @@ from api_fakes import (
     engine_threads,
     make_engine,
 )
-from fake_executor import PIECES, FakeExecutor
+from fake_executor import PIECES, FakeExecutor, Row, choose
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastllm
 from fastllm import LLM, CapacityError, EngineDeadError, RequestError, SamplingParams, UnsupportedModelError
+from fastllm.engine.engine import Engine
 from fastllm.engine.hooks import EngineHook, Queued
 from fastllm.engine_thread import EngineThread, Mailbox, join_deltas
 from fastllm.llm import _Call
@@ -47,6 +48,26 @@ VOCAB = len(PIECES)
 def make(executor: FakeExecutor | None = None, hooks: Any = (), **config: Any) -> LLM:
     engine = make_engine(executor or HeldExecutor(), hooks, **config)
     return LLM._from_parts(engine, ApiTokenizer())  # type: ignore[arg-type]
+
+
+def test_logits_that_are_not_numbers_end_one_sequence_alone() -> None:
+    """The engine goes on: with the others of the batch, and with what comes after."""
+
+    def pick(row: Row) -> int:
+        return -1 if row.seed == 13 and row.position == 4 else choose(row, VOCAB)
+
+    prompt = {"prompt_token_ids": [2, 3]}
+    healthy = SamplingParams(max_tokens=6, ignore_eos=True, seed=1)
+    broken = SamplingParams(max_tokens=6, ignore_eos=True, seed=13)
+    with make(HeldExecutor(pick=pick)) as llm:
+        first, ended, other = llm.generate([prompt] * 3, [healthy, broken, healthy])
+        (again,) = llm.generate(prompt, healthy)
+        llm._thread.call(Engine.check).result(WAIT)
+    assert ended.outputs[0].finish_reason == "error"
+    assert ended.finished
+    assert len(ended.outputs[0].token_ids) == 3  # sampled at positions 1, 2 and 3
+    assert first.outputs == other.outputs == again.outputs
+    assert first.outputs[0].finish_reason == "length"
 
 
 @pytest.fixture(autouse=True)

@@ -397,7 +397,7 @@ def test_two_batches_alternate() -> None:
     assert batches[0] is not batches[1]
 
 
-@pytest.mark.parametrize("tokens", [[3, 3], [], [-1], [VOCAB]])
+@pytest.mark.parametrize("tokens", [[3, 3], [], [-2], [VOCAB]])
 def test_a_result_that_does_not_fit_changes_nothing(tokens: list[int]) -> None:
     scheduler = make()
     item = sequence("a", [2], LONG)

@@ -209,12 +209,12 @@ class Completion:
         self.sequence.owner = None  # the two refer to each other no longer
         self._detokenizer = None
 
-    def abort(self) -> None:
-        """The sequence was ended from outside: the text so far is what there is."""
+    def cut(self, finish_reason: str) -> None:
+        """Ended from outside ("abort"), or unable to go on ("error"): the text so far is what there is."""
         if self._detokenizer is not None:
             self._close_text()
         self.moved = True
-        self.close("abort", None)
+        self.close(finish_reason, None)
 
     def output(self, *, delta: bool) -> CompletionOutput:
         """Everything so far, or with `delta` what came since the last call."""

@@ -6,6 +6,7 @@ strings, logprobs). It runs in the caller's thread, one call at a time, and star
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -33,6 +34,8 @@ from fastllm.errors import EngineDeadError, RequestError
 from fastllm.executor.base import Executor, StepResult
 from fastllm.outputs import RequestOutput
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +205,7 @@ class Engine:
         for completion in request.completions:
             if completion.finish_reason is None:
                 self.scheduler.abort(completion.sequence)
-                completion.abort()
+                completion.cut("abort")
         request.num_running = 0
         self._close(request, self._clock())
         if self._hooks.aborted:
@@ -310,6 +313,12 @@ class Engine:
             request, completion = sequence.owner
             if sequence.num_prompt_rows:
                 self._add_prompt_logprobs(request, sequence, result)
+            if sequence.finish_reason == "error":
+                logger.error("request %s: the logits are not numbers; it ends here", sequence.request_id)
+                completion.cut("error")
+                request.num_running -= 1
+                touched[sequence.request_id] = request
+                continue
             if not sequence.num_new:
                 continue
             touched[sequence.request_id] = request

@@ -77,7 +77,7 @@ class Finished:
 
     time: float
     request_id: str
-    finish_reasons: tuple[str, ...]  # of its sequences in order of index: "stop" or "length"
+    finish_reasons: tuple[str, ...]  # of its sequences in order of index: "stop", "length", "error"
     metrics: RequestMetrics
 
 

@@ -40,6 +40,8 @@ States of a sequence
     RUNNING    PREEMPTED  schedule, _preempt           an earlier one (or itself)    freed; num_computed is 0
                                                        needs a block, none is free
     RUNNING    FINISHED   update                       stop token or length limit    freed
+    RUNNING    FINISHED   update                       no number where logits ought  freed
+                                                       to be ("error")
     RUNNING    FINISHED   finish                       stop string (the caller's)    freed
     NEW,       ABORTED    abort                        any time                      had none
     WAITING,
@@ -86,8 +88,8 @@ from fastllm.errors import CapacityError, RequestError
 
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.sequence cimport (
-    FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SEQUENCE_ABORTED, SEQUENCE_FINISHED, SEQUENCE_NEW,
-    SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason, Sequence, SequenceState,
+    FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SEQUENCE_ABORTED, SEQUENCE_FINISHED,
+    SEQUENCE_NEW, SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason, Sequence, SequenceState,
 )
 from fastllm.engine.step_batch cimport StepBatch
 
@@ -297,7 +299,8 @@ cdef class Scheduler:
         Returns:
             The sequences with rows in the step, list[Sequence], in order of arrival. Of each, until the next
             schedule: `first_row`, `num_prompt_rows` (logprobs of prompt tokens, the first rows) and `num_new`
-            (new tokens, one row each, after those); `finish_reason` and `stop_reason` when it ended.
+            (new tokens, one row each, after those); `finish_reason` and `stop_reason` when it ended. A row
+            of token -1 had logits that are not numbers: its sequence ends with "error" and no new token.
 
         Raises:
             RuntimeError: no step is in flight.
@@ -309,12 +312,13 @@ cdef class Scheduler:
         cdef const int32_t[::1] tokens = result.tokens
         cdef Sequence sequence
         cdef FinishReason reason
+        cdef int32_t token
         cdef Py_ssize_t i, row
         cdef bint ended = False
         if tokens.shape[0] != batch.num_rows:
             raise ValueError(f"a result of {tokens.shape[0]} rows for a batch of {batch.num_rows}")
         for row in range(batch.num_rows):
-            if tokens[row] < 0 or tokens[row] >= self.vocab_size:
+            if tokens[row] < -1 or tokens[row] >= self.vocab_size:
                 raise ValueError(f"row {row} yields token {tokens[row]} of a vocabulary of {self.vocab_size}")
         cdef list moved = []
         for i in range(batch.num_seqs):
@@ -323,13 +327,19 @@ cdef class Scheduler:
                 continue
             sequence.num_computed += sequence.num_scheduled
             sequence.prompt_logprobs_done += sequence.num_prompt_rows
+            reason = FINISH_NONE
             if sequence.num_new:
-                sequence.tokens.push_back(tokens[sequence.first_row + sequence.num_prompt_rows])
-                reason = self._finish_of(sequence)
+                token = tokens[sequence.first_row + sequence.num_prompt_rows]
+                if token < 0:
+                    sequence.num_new = 0
+                    reason = FINISH_ERROR
+                else:
+                    sequence.tokens.push_back(token)
+                    reason = self._finish_of(sequence)
                 if reason != FINISH_NONE:
                     self._retire(sequence, SEQUENCE_FINISHED, reason)
                     ended = True
-            if sequence.num_new or sequence.num_prompt_rows:
+            if sequence.num_new or sequence.num_prompt_rows or reason == FINISH_ERROR:
                 moved.append(sequence)
         self._end_step()
         if ended:

@@ -18,6 +18,7 @@ cdef enum FinishReason:
     FINISH_STOP = 1
     FINISH_LENGTH = 2
     FINISH_ABORT = 3
+    FINISH_ERROR = 4
 
 
 cdef class Sequence:

@@ -17,7 +17,7 @@ import numpy as np
 from fastllm.errors import RequestError
 
 cdef tuple STATE_NAMES = ("new", "waiting", "running", "preempted", "finished", "aborted")
-cdef tuple FINISH_REASONS = (None, "stop", "length", "abort")
+cdef tuple FINISH_REASONS = (None, "stop", "length", "abort", "error")
 
 
 cdef class Sequence:
