@@ -89,7 +89,8 @@ from fastllm.errors import CapacityError, RequestError
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.sequence cimport (
     FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SEQUENCE_ABORTED, SEQUENCE_FINISHED,
-    SEQUENCE_NEW, SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason, Sequence, SequenceState,
+    SEQUENCE_NEW, SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason, Sequence,
+    SequenceState,
 )
 from fastllm.engine.step_batch cimport StepBatch
 
