@@ -105,7 +105,7 @@ struct Packed {
   PanelScales<int8_t> scales;
   PanelScales<uint8_t> mins;
   int part;
-  int64_t panel_bytes;  // of codes
+  int64_t ahead;  // bytes from a panel's codes to those of the next; 0: there is none
 
   // Line `quad` of the eight of columns 32 * block to + 31.
   template <int quad>
@@ -117,7 +117,7 @@ struct Packed {
   // queue up.
   FASTLLM_INLINE void prefetch(int64_t block) const {
     constexpr int64_t kBytes = kind == Unpack::u8 ? 512 : 256;
-    const uint8_t* next = codes.codes + panel_bytes + block * kBytes;
+    const uint8_t* next = codes.codes + ahead + block * kBytes;
 #pragma GCC unroll 8
     for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at);
   }
@@ -298,9 +298,10 @@ template <Unpack kind, bool fine>
 void direct(const Job& job, const Activations& x) {
   const PackedView* w = job.w;
   for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
+    // The panel after the last one is another thread's: asking for it would waste the memory's time.
+    const int64_t ahead = panel + 1 < job.panel_end ? w->kp * (kind == Unpack::u8 ? kPanel : kPanel / 2) : 0;
     Packed<kind> weights{PanelCodes(w, panel), PanelScales<int8_t>(w->scales, w->subscales, w, panel),
-                         PanelScales<uint8_t>(w->mins, w->submins, w, panel), 0,
-                         w->kp * (kind == Unpack::u8 ? kPanel : kPanel / 2)};
+                         PanelScales<uint8_t>(w->mins, w->submins, w, panel), 0, ahead};
     for (; weights.part < kParts; ++weights.part)
       tiles_of<1, kTileRows, fine>(weights, x, 0, job.rows, w->mins != nullptr,
                                    job.output(panel, weights.part));
