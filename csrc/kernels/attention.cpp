@@ -109,7 +109,7 @@ void prefetch_tile(const KvView* kv, const AttentionTask* task, int64_t index) {
   }
 }
 
-// The tile's runs in sight as fp32, int8 codes unscaled.
+// The tile's runs in sight as fp32.
 template <KvType T>
 Tile convert_tile(const Tile& tile, int64_t head_dim, const Scratch& scratch) {
   Tile out = tile;

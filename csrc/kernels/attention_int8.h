@@ -30,8 +30,6 @@ struct QueryCodes {
   int32_t* start;  // (rows): what takes the bias of the stored K away
 };
 
-FASTLLM_INLINE i32x16 magnitude(f32x16 x) { return bit_and(bits(x), set1_i32(0x7fffffff)); }
-
 // amax / 127 and 127 / amax of n values (a multiple of 16). A row with a NaN or an infinity gives (NaN, 0);
 // amax below 2^-120, whose inverse is not finite, gives (amax / 127, 0).
 struct Int8Scale {
@@ -39,15 +37,14 @@ struct Int8Scale {
   float inverse;
 };
 FASTLLM_INLINE Int8Scale int8_scale(const float* x, int64_t n) {
-  const i32x16 largest_finite = set1_i32(0x7f7fffff);
   i32x16 broken = set1_i32(0);
   f32x16 top = zero_f32();
   for (int64_t i = 0; i < n; i += 16) {
-    const i32x16 a = magnitude(load(x + i));
-    broken = bit_or(broken, greater(a, largest_finite));
-    top = max(from_bits(a), top);
+    const f32x16 v = load(x + i);
+    broken = bit_or(broken, not_finite(v));
+    top = max(from_bits(magnitude(v)), top);
   }
-  if (reduce_max(from_bits(bit_and(broken, bits(set1(1.0f))))) > 0.0f) return {__builtin_nanf(""), 0.0f};
+  if (any(broken)) return {__builtin_nanf(""), 0.0f};
   const float amax = reduce_max(top);
   return {amax / 127.0f, amax > 0x1p-120f ? 127.0f / amax : 0.0f};
 }

@@ -1,9 +1,9 @@
 // Stores K and V rows into the paged cache, in its storage type.
 //   f16, bf16  rounded to nearest even
-//   i8         per token and head, rotated (hadamard.h): scale = amax / 127, code = round(x * (127 / amax)),
-//   IEEE divisions, ties
-//              to even. amax below 2^-120 (whose inverse is not finite) gives codes 0; a NaN or infinity
-//              gives scale NaN and codes 0, so that it stays visible.
+//   i8         rotated (hadamard.h), then per token and head: scale = amax / 127,
+//              code = round(x * (127 / amax)), IEEE divisions, ties to even. amax below 2^-120 (whose
+//              inverse is not finite) gives codes 0; a NaN or infinity gives scale NaN and codes 0, so that
+//              it stays visible.
 // K is scattered with stride 16 (see KvView), V copied; of int8, K goes four bytes at a time and V is
 // scattered with stride 4: head_dim narrow stores per token and head, once per token and layer.
 #include "kernels/attention.h"

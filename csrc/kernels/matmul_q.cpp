@@ -94,8 +94,7 @@ Activations prepare(const PackedView* w, const QuantizedRows* x, int64_t first, 
   return {from.q, from.scale, starts, sums, x->kp, steps, groups, w->group / (2 * kStep)};
 }
 
-// ---- where a tile's weights come from
-// ----------------------------------------------------------------------
+// ---- where a tile's weights come from --------------------------------------------------------------------
 
 // One panel as it is stored, from native part `part` on.
 template <Unpack kind>
@@ -151,8 +150,7 @@ struct Unpacked {
   }
 };
 
-// ---- a tile of R rows and C columns
-// ------------------------------------------------------------------------
+// ---- a tile of R rows and C columns ----------------------------------------------------------------------
 
 struct Output {
   float* y;  // of the tile's first row and first output

@@ -15,10 +15,6 @@ namespace {
 
 constexpr int64_t kTogether = 16;
 
-FASTLLM_INLINE i32x16 magnitude(f32x16 x) { return bit_and(bits(x), set1_i32(0x7fffffff)); }
-FASTLLM_INLINE i32x16 not_finite(f32x16 x) { return greater(magnitude(x), set1_i32(0x7f7fffff)); }
-FASTLLM_INLINE bool any(i32x16 mask) { return reduce_max(from_bits(bit_and(mask, bits(set1(1.0f))))) > 0.0f; }
-
 // The columns of group g; past column k they are 0.
 FASTLLM_INLINE f32x16 columns(const float* x, int64_t k, int64_t g) {
   const int64_t left = k - 16 * g;

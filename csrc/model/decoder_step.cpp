@@ -464,6 +464,8 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
     yield_rows(team, thread, in, out);
   });
   last_tokens_.assign(out.tokens, out.tokens + in.rows);
+  // A row without a number has no token; who goes on from it all the same must not read outside the table.
+  for (std::int32_t& token : last_tokens_) token = std::max(token, 0);
 }
 
 }  // namespace fastllm

@@ -83,6 +83,9 @@ def hadamard(x: Float32Array) -> Float32Array:
 
     Args:
         x: float32 (..., N), N a multiple of 16.
+
+    Raises:
+        RequestError: another dtype or width.
     """
     rows = contiguous(x).reshape(-1, x.shape[-1]) if isinstance(x, np.ndarray) and x.ndim else x
     return _core.hadamard(rows).reshape(x.shape)

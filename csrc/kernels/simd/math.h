@@ -6,6 +6,17 @@
 namespace fastllm {
 namespace {
 
+// e^r by Taylor's coefficients, from the sixth power's down: p is that coefficient, with what higher powers
+// add.
+FASTLLM_INLINE f32x16 exp_taylor(f32x16 p, f32x16 r) {
+  p = fma(p, r, set1(1.0f / 120.0f));
+  p = fma(p, r, set1(1.0f / 24.0f));
+  p = fma(p, r, set1(1.0f / 6.0f));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  return fma(p, r, set1(1.0f));
+}
+
 // exp(x) to about 1 unit in the last place. x = n ln 2 + r with |r| <= ln(2)/2 (ln 2 in two parts, Cody and
 // Waite), a polynomial of degree 7 for e^r (Taylor coefficients; the remainder is below 2^-27 there), and 2^n
 // put into the exponent in two steps, so that results down to 2^-126 are right. Below -87.3 the result is 0,
@@ -19,14 +30,7 @@ FASTLLM_INLINE f32x16 exp(f32x16 x) {
   const f32x16 nf = to_float(n);
   f32x16 r = fma(nf, set1(-0.693359375f), clamped);
   r = fma(nf, set1(2.12194440e-4f), r);
-  f32x16 p = set1(1.0f / 5040.0f);
-  p = fma(p, r, set1(1.0f / 720.0f));
-  p = fma(p, r, set1(1.0f / 120.0f));
-  p = fma(p, r, set1(1.0f / 24.0f));
-  p = fma(p, r, set1(1.0f / 6.0f));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
+  const f32x16 p = exp_taylor(fma(set1(1.0f / 5040.0f), r, set1(1.0f / 720.0f)), r);
   const i32x16 half = shift_right_arithmetic<1>(n);
   const i32x16 bias = set1_i32(127);
   const f32x16 scale_a = from_bits(shift_left<23>(add(half, bias)));
@@ -46,13 +50,7 @@ FASTLLM_INLINE f32x16 exp_negative(f32x16 x) {
   const f32x16 n = sub(shifted, magic);
   f32x16 r = fma(n, set1(-0.693359375f), clamped);
   r = fma(n, set1(2.12194440e-4f), r);
-  f32x16 p = set1(1.0f / 720.0f);
-  p = fma(p, r, set1(1.0f / 120.0f));
-  p = fma(p, r, set1(1.0f / 24.0f));
-  p = fma(p, r, set1(1.0f / 6.0f));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
+  const f32x16 p = exp_taylor(set1(1.0f / 720.0f), r);
   const f32x16 y = mul(p, from_bits(shift_left<23>(bits(shifted))));
   return select(greater(low, x), zero_f32(), y);
 }

@@ -204,6 +204,11 @@ FASTLLM_INLINE i32x16 shift_right_arithmetic(i32x16 x) {
   return r;
 }
 
+// ---- what is not a number ---------------------------------------------------------------------------------
+FASTLLM_INLINE i32x16 magnitude(f32x16 x) { return bit_and(bits(x), set1_i32(0x7fffffff)); }
+FASTLLM_INLINE i32x16 not_finite(f32x16 x) { return greater(magnitude(x), set1_i32(0x7f7fffff)); }
+FASTLLM_INLINE bool any(i32x16 mask) { return reduce_max(from_bits(bit_and(mask, bits(set1(1.0f))))) > 0.0f; }
+
 // ---- bytes ----------------------------------------------------------------------------------------------
 // n > 0: right, n < 0: left, in 16-bit units; the caller masks what crosses a byte.
 template <int n>
