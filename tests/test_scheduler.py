@@ -651,7 +651,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _execute(self) -> None:
         batch = self.scheduler.in_flight
         assert batch is not None
-        self.scheduler.update(self.executor.run(batch))
+        self._take(self.executor.run(batch))
+
+    def _take(self, result: StepResult) -> None:
+        self.scheduler.update(result)
         for one in [one for one in self.live if one.item.finish_reason is not None]:
             self.live.remove(one)
             self.ended.append(one)
@@ -675,6 +678,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def update(self) -> None:
         self._execute()
+
+    @precondition(lambda self: self.scheduler.in_flight is not None)
+    @rule(data=st.data())
+    def update_without_a_number(self, data: st.DataObject) -> None:
+        """One sequence's logits are not numbers: it ends there, and the others do not notice."""
+        batch = self.scheduler.in_flight
+        assert batch is not None
+        sampling = [one for one in self.live if one.item in batch.sequences and one.item.num_new]
+        assume(sampling)
+        one = data.draw(st.sampled_from(sampling))
+        result = self.executor.run(batch)
+        result.tokens[one.item.first_row + one.item.num_prompt_rows] = -1
+        one.stopped_at = one.item.num_output
+        self._take(result)
+        assert (one.item.state, one.item.finish_reason) == ("finished", "error")
 
     @precondition(lambda self: self.scheduler.in_flight is not None)
     @rule(computed=st.booleans())
