@@ -685,7 +685,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """One sequence's logits are not numbers: it ends there, and the others do not notice."""
         batch = self.scheduler.in_flight
         assert batch is not None
-        sampling = [one for one in self.live if one.item in batch.sequences and one.item.num_new]
+        sampling = [one for one in self.live if one.item.num_scheduled and one.item.num_new]
         assume(sampling)
         one = data.draw(st.sampled_from(sampling))
         result = self.executor.run(batch)
