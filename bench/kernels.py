@@ -116,7 +116,7 @@ def measure_attention(
     dtype: str, heads: tuple[int, int, int], options: argparse.Namespace
 ) -> Iterator[Figures]:
     query_heads, kv_heads, width = heads
-    element = {"f16": 2.0, "i8": 1.0 + 4 / width}[dtype]
+    element = {"f16": 2.0, "i16": 2.0 + 4 / width, "i8": 1.0 + 4 / width}[dtype]
     per_position = 2 * kv_heads * width * element
     shape = f"{query_heads}/{kv_heads} heads of {width}"
     sequences = max(1, -(-options.set_factor * cache_bytes() // int(DECODE_CONTEXT * per_position)))
@@ -203,7 +203,7 @@ def main() -> None:
             figures += measure_matmul(kind, [int(m) for m in options.rows_at_once.split(",")], options)
     if options.only != "matmul":
         for heads in HEADS:
-            for dtype in ("f16", "i8"):
+            for dtype in ("i16", "i8", "f16"):
                 figures += measure_attention(dtype, heads, options)
     after = {threads: limits.measure(threads, isa, seconds=0.1) for threads in counts}
     found = {

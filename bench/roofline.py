@@ -13,7 +13,7 @@ from typing import Any
 
 from rows import Row
 
-KV_BYTES = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp32": 4.0, "int8": 1.0}
+KV_BYTES = {"auto": 2.0, "int16": 2.0, "fp16": 2.0, "bf16": 2.0, "fp32": 4.0, "int8": 1.0}
 
 
 @dataclass(frozen=True)

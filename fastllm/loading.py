@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KV_CACHE_DTYPES = {"auto": "fp16", "fp16": "fp16", "bf16": "bf16", "fp32": "fp32", "int8": "int8"}
+KV_CACHE_DTYPES = {"auto": "int16"} | {name: name for name in ("int16", "int8", "fp16", "bf16", "fp32")}
 QUANTIZATIONS = ("int4", "int8")
 BLOCK_SIZES = (16, 32, 64)
 _INT32_MAX = 2**31 - 1

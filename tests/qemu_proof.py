@@ -80,7 +80,7 @@ def kernel_hashes() -> dict[str, str]:
     for name in ("exp", "log", "pow", "sin", "cos"):
         hashes[f"scalar {name}"] = digest(_core.scalar_math(name, np.abs(x).astype(np.float64) + 0.01, 0.37))
     keys, values, queries = floats(3, 90, 2, 32), floats(4, 90, 2, 32), floats(5, 20, 6, 32)
-    for dtype in ("f32", "f16", "bf16", "i8"):
+    for dtype in ("f32", "f16", "bf16", "i16", "i8"):
         cache = ops.KvCache(6, 2, 32, 16, dtype)
         slots = np.arange(90, dtype=np.int32)
         cache.write(keys, values, slots)

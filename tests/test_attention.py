@@ -20,7 +20,9 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
 ISAS = _core.supported_isas()
-DTYPES = ["f32", "f16", "bf16", "i8"]
+DTYPES = ["f32", "f16", "bf16", "i16", "i8"]
+# The greatest codes of q, K, V and of a tile's weights.
+CODES = {"i16": (4095, 8191, 4095, 8191), "i8": (127, 127, 127, 127 * 128)}
 
 
 def same_bits(a: Float32, b: Float32) -> bool:
@@ -34,13 +36,15 @@ def bf16_round(x: Float32) -> Float32:
     return rounded.astype(np.uint32).view(np.float32)
 
 
-def int8_round(x: Float32) -> Float32:
-    """Rotated, to int8 with a scale per last axis, and back, in float32 arithmetic."""
-    x = reference.hadamard(x)
+def code_round(x: Float32, dtype: str, which: int) -> Float32:
+    """To integers with a scale per last axis, and back, in float32 arithmetic; rotated in between for i8."""
+    one = np.float32(CODES[dtype][which])
+    x = reference.hadamard(x) if dtype == "i8" else x
     top = np.max(np.abs(x), axis=-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(top > 2.0**-120, np.float32(127.0) / top, np.float32(0.0))
-    return reference.hadamard((top / np.float32(127.0)) * np.rint(x * inverse))
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(top > 2.0**-110, one / top, np.float32(0.0))
+    back = (top / one) * np.rint(x * inverse)
+    return reference.hadamard(back) if dtype == "i8" else back
 
 
 @dataclass(repr=False)
@@ -80,7 +84,7 @@ class Batch:
             k, v = self.cache.read(self.slots(s))
             chunk = slice(self.query_start[s], self.query_start[s + 1])
             first = int(length) - (chunk.stop - chunk.start)
-            q = int8_round(self.q[chunk]) if self.dtype == "i8" else self.q[chunk]
+            q = code_round(self.q[chunk], self.dtype, 0) if self.dtype in CODES else self.q[chunk]
             out[chunk] = reference.attention(
                 q, k, v, scale=scale, first_position=first, window=window, cap=cap
             )
@@ -137,8 +141,8 @@ def test_attention(batch: Batch, window: int, cap: float, data: st.DataObject) -
     out = batch.run(window=window, softcap=cap, isa=ISAS[0])
     largest = max(float(np.max(np.abs(v))) for v in batch.v)
     expected = batch.oracle(scale, window, cap)
-    # An int8 cache: weights of 64 positions rounded to 1 / 16256 of the greatest.
-    bound = 64 * 0.5 / 16256 if batch.dtype == "i8" else 1e-5
+    # An integer cache: weights of 64 positions rounded to a fraction of the greatest.
+    bound = 64 * 0.5 / CODES[batch.dtype][3] if batch.dtype in CODES else 1e-5
     assert np.max(np.abs(out - expected)) <= bound * largest
     for isa in ISAS[1:]:
         assert same_bits(out, batch.run(window=window, softcap=cap, isa=isa))
@@ -191,6 +195,27 @@ def test_a_tile_of_minus_infinity_has_no_weight(dtype: str) -> None:
     assert same_bits(out, _core.paged_attention(cache, q, ends, lengths, table, split=1))
 
 
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_sums_of_the_greatest_codes_fit(isa: str, dtype: str, head_dim: int, sign: float) -> None:
+    """Every code of q, K, V and of the weights is the greatest: no integer sum may overflow."""
+    cache = _core.KvCache(4, 1, head_dim, 16, dtype)
+    # A rotated head is flat where the head is one value and then zeros.
+    head = np.ones(head_dim) if dtype == "i16" else np.eye(head_dim)[0]
+    ones = np.tile(head.astype(np.float32), (64, 1, 1))
+    cache.write(ones, np.float32(sign) * ones, np.arange(64, dtype=np.int32), isa=isa)
+    out = _core.paged_attention(
+        cache,
+        sign * ones[:1],
+        np.array([0, 1], np.int32),
+        np.array([64], np.int32),
+        np.arange(4, dtype=np.int32)[None],
+        isa=isa,
+    )
+    assert np.allclose(out, sign * ones[:1], rtol=1e-3, atol=1e-6)
+
+
 @given(
     st.sampled_from(DTYPES),
     st.sampled_from([16, 32, 48, 64]),
@@ -218,7 +243,7 @@ def test_cache_write(
         cache = _core.KvCache(4, heads, head_dim, block_size, dtype)
         cache.write(k, v, slots, isa=isa)
         with np.errstate(over="ignore"):
-            for stored, x in zip(cache.read(slots), (k, v), strict=True):
+            for which, stored, x in zip((1, 2), cache.read(slots), (k, v), strict=True):
                 if dtype == "f32":
                     expected = x
                 elif dtype == "f16":
@@ -226,25 +251,27 @@ def test_cache_write(
                 elif dtype == "bf16":
                     expected = bf16_round(x)
                 else:
-                    expected = int8_round(x)
+                    expected = code_round(x, dtype, which)
                 assert np.array_equal(stored, expected)
         for rest in cache.read(others):
             assert not np.any(rest)
 
 
+@pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_int8_cache_keeps_what_is_not_finite_visible(isa: str, bad: float) -> None:
-    cache = _core.KvCache(1, 2, 32, 16, "i8")
+def test_integer_cache_keeps_what_is_not_finite_visible(isa: str, bad: float, dtype: str) -> None:
+    cache = _core.KvCache(1, 2, 32, 16, dtype)
     x = np.ones((1, 2, 32), np.float32)
     x[0, 1, 7] = bad
     cache.write(x, x, np.array([3], np.int32), isa=isa)
-    for stored in cache.read(np.array([3], np.int32)):
-        assert np.array_equal(stored[0, 0], int8_round(x[0, 0]))
+    for which, stored in zip((1, 2), cache.read(np.array([3], np.int32)), strict=True):
+        assert np.array_equal(stored[0, 0], code_round(x[0, 0], dtype, which))
         assert np.all(np.isnan(stored[0, 1]))
 
 
-def test_int8_cache_takes_denormals_for_zero() -> None:
-    cache = _core.KvCache(1, 1, 16, 16, "i8")
+@pytest.mark.parametrize("dtype", CODES)
+def test_integer_cache_takes_denormals_for_zero(dtype: str) -> None:
+    cache = _core.KvCache(1, 1, 16, 16, dtype)
     x = np.full((1, 1, 16), 2.0**-140, np.float32)
     cache.write(x, x, np.array([0], np.int32))
     assert not np.any(cache.read(np.array([0], np.int32))[0])

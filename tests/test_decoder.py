@@ -92,7 +92,9 @@ def relative_error(got: Floats, expected: npt.NDArray[Any]) -> float:
     return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 1e-3), ("bf16", 1e-2), ("int8", 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("fp16", 1e-3), ("int16", 1e-3), ("bf16", 1e-2), ("int8", 3e-2)]
+)
 def test_kv_cache_types(dtype: str, tolerance: float, tmp_path: Path) -> None:
     """Each type is wired up; that attention reads exactly what is stored is test_attention's part."""
     model = tiny.make_model("llama")
@@ -200,7 +202,7 @@ def wide_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @given(
-    st.sampled_from(("fp32", "fp16", "bf16", "int8")),
+    st.sampled_from(("fp32", "fp16", "bf16", "int16", "int8")),
     st.sampled_from((1, 2, 3, 8)),
     st.sampled_from((16, 32, 64)),
     strategies.seeds(),

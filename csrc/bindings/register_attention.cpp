@@ -30,11 +30,10 @@ KvType kv_type(const std::string& name) {
   if (name == "f32") return KvType::f32;
   if (name == "f16") return KvType::f16;
   if (name == "bf16") return KvType::bf16;
+  if (name == "i16") return KvType::i16;
   if (name == "i8") return KvType::i8;
-  raise_request_error("KvCache: dtype", name, "f32, f16, bf16 or i8");
+  raise_request_error("KvCache: dtype", name, "f32, f16, bf16, i16 or i8");
 }
-
-std::int64_t value_bytes(KvType type) { return type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2; }
 
 void check_size(const char* field, std::int64_t value, std::int64_t low, std::int64_t high,
                 std::int64_t step) {
@@ -54,10 +53,10 @@ class KvCache {
     check_size("KvCache: head_dim", head_dim, 16, 256, 16);
     check_size("KvCache: block_size", block_size, 16, kKvTile, 16);
     const std::int64_t tokens = blocks * kv_heads * block_size;  // at most 2^40
-    const auto bytes = static_cast<std::size_t>(tokens * head_dim * value_bytes(type_));
+    const auto bytes = static_cast<std::size_t>(tokens * head_dim * kv_value_bytes(type_));
     k_ = AlignedBuffer(bytes);
     v_ = AlignedBuffer(bytes);
-    if (type_ == KvType::i8) {
+    if (kv_has_scales(type_)) {
       k_scale_ = AlignedBuffer(static_cast<std::size_t>(tokens) * sizeof(float));
       v_scale_ = AlignedBuffer(static_cast<std::size_t>(tokens) * sizeof(float));
     }
@@ -65,6 +64,7 @@ class KvCache {
              v_.as<void>(),
              k_scale_.as<float>(),
              v_scale_.as<float>(),
+             blocks,
              static_cast<std::int32_t>(kv_heads),
              static_cast<std::int32_t>(head_dim),
              static_cast<std::int32_t>(block_size),
@@ -94,16 +94,16 @@ class KvCache {
     for (std::int64_t t = 0; t < count; ++t) {
       for (std::int64_t h = 0; h < heads; ++h) {
         const std::int64_t offset = places[t] % size;
-        const std::int64_t start = (places[t] / size * heads + h) * size;  // tokens before this block's head
+        const std::int64_t start = kv_block(&view_, h, places[t] / size) * size;
         for (std::int64_t d = 0; d < dim; ++d) {
           const std::int64_t at = (t * heads + h) * dim + d;
-          if (type_ == KvType::i8) {
-            const std::int64_t in_k = (start + offset / 16 * 16) * dim + d / 4 * 64 + offset % 16 * 4 + d % 4;
-            const std::int64_t in_v = (start + offset / 4 * 4) * dim + d * 4 + offset % 4;
-            k.mutable_data()[at] = view_.k_scale[start + offset] *
-                                   static_cast<float>(static_cast<int>(k_.as<std::uint8_t>()[in_k]) - 128);
-            v.mutable_data()[at] =
-                view_.v_scale[start + offset] * static_cast<float>(v_.as<std::int8_t>()[in_v]);
+          if (kv_has_scales(type_)) {
+            const std::int64_t word = 4 / kv_value_bytes(type_);
+            const std::int64_t in_k =
+                (start + offset / 16 * 16) * dim + (d / word * 16 + offset % 16) * word + d % word;
+            const std::int64_t in_v = (start + offset / word * word) * dim + d * word + offset % word;
+            k.mutable_data()[at] = view_.k_scale[start + offset] * static_cast<float>(k_code(in_k));
+            v.mutable_data()[at] = view_.v_scale[start + offset] * static_cast<float>(v_code(in_v));
             continue;
           }
           k.mutable_data()[at] = value(k_, (start + offset / 16 * 16) * dim + d * 16 + offset % 16);
@@ -118,7 +118,7 @@ class KvCache {
     return py::make_tuple(k, v);
   }
 
-  // Every byte 0xff: NaN in the floating types, and in the scales of int8.
+  // Every byte 0xff: NaN in the floating types, and in the scales of the integer ones.
   void poison() {
     for (AlignedBuffer* buffer : {&k_, &v_, &k_scale_, &v_scale_})
       if (buffer->size() != 0) std::memset(buffer->as<void>(), 0xff, buffer->size());
@@ -141,6 +141,12 @@ class KvCache {
     return places;
   }
 
+  int k_code(std::int64_t at) const {
+    return type_ == KvType::i16 ? k_.as<std::int16_t>()[at] : k_.as<std::uint8_t>()[at] - 128;
+  }
+  int v_code(std::int64_t at) const {
+    return type_ == KvType::i16 ? v_.as<std::int16_t>()[at] : v_.as<std::int8_t>()[at];
+  }
   // Of a floating-point cache.
   float value(const AlignedBuffer& buffer, std::int64_t index) const {
     if (type_ == KvType::f32) return buffer.as<float>()[index];

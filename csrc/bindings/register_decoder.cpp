@@ -90,6 +90,7 @@ KvType kv_type(const std::string& name) {
   if (name == "fp32") return KvType::f32;
   if (name == "fp16") return KvType::f16;
   if (name == "bf16") return KvType::bf16;
+  if (name == "int16") return KvType::i16;
   if (name == "int8") return KvType::i8;
   throw ArgumentError("kv_cache_dtype", name, "fp32, fp16, bf16 or int8");
 }

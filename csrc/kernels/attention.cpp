@@ -4,7 +4,7 @@
 // One query of one head is a fold over KV tiles of 64 positions, aligned at position 0. A tile gives
 //   s[t] = softcap(scale * (sum_d q[d] K[d, t]) [* k_scale[t]])     m' = max_t s[t]
 //   p[t] = exp(s[t] - m')    l' = sum_t p[t]    o'[d] = sum_t (p[t] [* v_scale[t]]) V[t, d]
-// (an int8 cache: in integers, see attention_int8.h)
+// (an int16 or int8 cache: in integers, see attention_codes.h)
 // over the positions in sight only, and is merged, tiles ascending, from m = -inf, l = 0, o = 0:
 //   n = max(m, m')   a = exp(m - n)   b = exp(m' - n)   l = fma(l', b, l a)   o = fma(o', b, o a)   m = n
 // The end is o / l. This is the only order of operations: prefill and decode, any number of queries or heads
@@ -22,7 +22,7 @@
 // (x 2 on AVX2).
 #include "kernels/attention.h"
 
-#include "kernels/attention_int8.h"
+#include "kernels/attention_codes.h"
 #include "kernels/attention_tile.h"
 #include "kernels/simd/math.h"
 
@@ -38,15 +38,14 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Scratch {
-  float* weights;  // (kAttentionTileRows, kKvTile) scores, then p
-  float* outputs;  // (kAttentionTileRows, head_dim) o'
-  float* k_tile;   // (4 runs, head_dim, 16)
-  float* v_tile;   // (4 runs, 16, head_dim)
-  int8_t* high;    // (kAttentionTileRows, kKvTile) codes of p, int8 cache only
-  int8_t* low;
-  QueryCodes query;  // the rows of a block
-  float* maximums;   // (rows of a block) m
-  float* sums;       // (rows of a block) l
+  float* weights;     // (kAttentionTileRows, kKvTile) scores, then p
+  float* outputs;     // (kAttentionTileRows, head_dim) o'
+  float* k_tile;      // (4 runs, head_dim, 16)
+  float* v_tile;      // (4 runs, 16, head_dim)
+  WeightCodes codes;  // of p, integer caches only
+  QueryCodes query;   // the rows of a block
+  float* maximums;    // (rows of a block) m
+  float* sums;        // (rows of a block) l
 };
 
 Scratch divide_scratch(float* memory, int64_t head_dim, int64_t rows) {
@@ -56,17 +55,15 @@ Scratch divide_scratch(float* memory, int64_t head_dim, int64_t rows) {
   s.outputs = s.weights + kAttentionTileRows * kKvTile;
   s.k_tile = s.outputs + kAttentionTileRows * head_dim;
   s.v_tile = s.k_tile + kKvTile * head_dim;
-  s.high = reinterpret_cast<int8_t*>(s.v_tile + kKvTile * head_dim);
-  s.low = s.high + kAttentionTileRows * kKvTile;
-  s.query.q = s.low + kAttentionTileRows * kKvTile;
-  s.query.scale = reinterpret_cast<float*>(s.query.q + rows * head_dim);
+  s.codes.plane[0] = reinterpret_cast<uint8_t*>(s.v_tile + kKvTile * head_dim);
+  s.codes.plane[1] = s.codes.plane[0] + kAttentionTileRows * kKvTile;  // int16 takes both
+  s.query.q = s.codes.plane[1] + kAttentionTileRows * kKvTile;
+  s.query.scale = reinterpret_cast<float*>(s.query.q + rows * head_dim * 2);
   s.query.start = reinterpret_cast<int32_t*>(s.query.scale + rows);
   s.maximums = reinterpret_cast<float*>(s.query.start + rows);
   s.sums = s.maximums + rows;
   return s;
 }
-
-constexpr int64_t value_bytes(KvType type) { return type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2; }
 
 // Which positions of tile `index` queries [begin, end) see together, and where they lie.
 Tile find_tile(const KvView* kv, const AttentionTask* task, int64_t index, int64_t begin, int64_t end) {
@@ -74,20 +71,21 @@ Tile find_tile(const KvView* kv, const AttentionTask* task, int64_t index, int64
   Tile tile;
   tile.first = static_cast<int>(max_of(attention_first_position(task, begin) - start, 0));
   tile.last = static_cast<int>(min_of(task->first_position + end - 1 - start, kKvTile - 1));
-  const int64_t bytes = value_bytes(kv->type);
+  const int64_t bytes = kv_value_bytes(kv->type);
   const int64_t in_sight = tile.first / 16;
   for (int64_t run = 0; run < kRunsPerTile; ++run) {
     // Runs out of sight may have no block: point at one that has.
     const bool seen = run >= in_sight && run <= tile.last / 16;
     const int64_t position = start + 16 * (seen ? run : in_sight);
     const int64_t offset = position % kv->block_size;
-    const int64_t head =
-        static_cast<int64_t>(task->block_table[position / kv->block_size]) * kv->kv_heads + task->kv_head;
-    const int64_t slot = head * kv->block_size + offset;
+    const int64_t block = kv_block(kv, task->kv_head, task->block_table[position / kv->block_size]);
+    const int64_t slot = block * kv->block_size + offset;
     tile.k[run] = static_cast<const char*>(kv->k) + slot * kv->head_dim * bytes;
     tile.v[run] = static_cast<const char*>(kv->v) + slot * kv->head_dim * bytes;
-    tile.k_scale[run] = kv->type == KvType::i8 ? kv->k_scale + slot : nullptr;
-    tile.v_scale[run] = kv->type == KvType::i8 ? kv->v_scale + slot : nullptr;
+    tile.k_scale[run] = kv_has_scales(kv->type) ? kv->k_scale + slot : nullptr;
+    tile.v_scale[run] = kv_has_scales(kv->type) ? kv->v_scale + slot : nullptr;
+    tile.next_k[run] = static_cast<const char*>(tile.k[run]);
+    tile.next_v[run] = static_cast<const char*>(tile.v[run]);
   }
   return tile;
 }
@@ -97,14 +95,23 @@ void convert(const void* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += 16) store(to + i, load_values<T>(from, i));
 }
 
-// Asks for the K and V of a tile that will be read next: its blocks lie anywhere.
+// The places of tile `index`, whose K and V will be asked for while `tile` is computed.
+void read_next(const KvView* kv, const AttentionTask* task, int64_t index, Tile* tile) {
+  const Tile next = find_tile(kv, task, index, 0, task->queries);
+  for (int run = 0; run < kRunsPerTile; ++run) {
+    tile->next_k[run] = static_cast<const char*>(next.k[run]);
+    tile->next_v[run] = static_cast<const char*>(next.v[run]);
+  }
+}
+
+// Asks for all of it at once, for the floating-point caches.
 void prefetch_tile(const KvView* kv, const AttentionTask* task, int64_t index) {
   const Tile tile = find_tile(kv, task, index, 0, task->queries);
-  const int64_t bytes = 16 * kv->head_dim * value_bytes(kv->type);
+  const int64_t bytes = 16 * kv->head_dim * kv_value_bytes(kv->type);
   for (int run = tile.first / 16; run <= tile.last / 16; ++run) {
     for (int64_t at = 0; at < bytes; at += 64) {
-      __builtin_prefetch(static_cast<const char*>(tile.k[run]) + at);
-      __builtin_prefetch(static_cast<const char*>(tile.v[run]) + at);
+      prefetch_to_l2(static_cast<const char*>(tile.k[run]) + at);
+      prefetch_to_l2(static_cast<const char*>(tile.v[run]) + at);
     }
   }
 }
@@ -149,21 +156,28 @@ Sight sight_of(const AttentionTask* task, int64_t index, int64_t query) {
 struct RowWeights {
   float maximum;  // m'
   float sum;      // l'
-  float factor;   // coded only: what a code stands for
+  float factor;   // codes only: what a code stands for
 };
 
-// Where the codes of a row's weights go, for runs [begin, end): those that any row computed with it sees.
+// Where the codes of a row's weights go: row `row` of `to`, for runs [begin, end), those that any row
+// computed with it sees.
 struct CodesOut {
-  int8_t* high;
-  int8_t* low;
+  WeightCodes to;
+  int row;
   int begin, end;
+};
+
+// Stands for a floating-point cache where code is shared with the integer ones.
+struct NoCodes {
+  static constexpr int kWeightOne = 1;
 };
 
 // The row sees something of runs [from, to), and nothing of others. Literal bounds keep everything in
 // registers.
-template <bool coded>
+template <typename KvCodes>
 FASTLLM_INLINE RowWeights weights_of_runs(const AttentionTask* task, const Tile& tile, const Sight& sight,
                                           float scale, int from, int to, float* s, const CodesOut& codes) {
+  constexpr bool coded = !__is_same(KvCodes, NoCodes);
   const f32x16 factor = set1(scale), cap = set1(task->softcap);
   const bool partial = sight.partial();
   RowWeights out{};
@@ -199,34 +213,31 @@ FASTLLM_INLINE RowWeights weights_of_runs(const AttentionTask* task, const Tile&
   if constexpr (coded) {
     const float greatest = reduce_max(top), sum_w = reduce_add(total_w);
     const bool broken = sum_w != sum_w;  // the scale of a V that was not finite
-    out.factor = broken ? sum_w : greatest / static_cast<float>(kWeightOne);
-    const float inverse = !broken && greatest > 0x1p-100f ? static_cast<float>(kWeightOne) / greatest : 0.0f;
+    constexpr float kOne = static_cast<float>(KvCodes::kWeightOne);
+    out.factor = broken ? sum_w : greatest / kOne;
+    const float inverse = !broken && greatest > 0x1p-100f ? kOne / greatest : 0.0f;
     const i32x16 keep = set1_i32(inverse > 0.0f ? -1 : 0);
 #pragma GCC unroll 4
     for (int run = from; run < to; ++run) {
       const i32x16 code = bit_and(round_to_int(mul(x[run], set1(inverse))), keep);
-      store_s8(codes.high + 16 * run, shift_right_arithmetic<7>(code));
-      store_s8(codes.low + 16 * run, bit_and(code, set1_i32(127)));
+      store_weights<KvCodes>(codes.to, codes.row, run, code);
     }
   }
   return out;
 }
 
 // Raw scores of one row to weights: in place, or as codes.
-template <bool coded>
+template <typename KvCodes>
 RowWeights softmax_row(const AttentionTask* task, const Tile& tile, const Sight& sight, float scale, float* s,
                        const CodesOut& codes) {
   const int from = sight.first / 16, to = sight.last / 16 + 1;
   if (from == 0 && to == kRunsPerTile)
-    return weights_of_runs<coded>(task, tile, sight, scale, 0, kRunsPerTile, s, codes);
-  if constexpr (coded) {
-    const i32x16 none = set1_i32(0);
-    for (int run = codes.begin; run < codes.end; ++run) {
-      store_s8(codes.high + 16 * run, none);
-      store_s8(codes.low + 16 * run, none);
-    }
+    return weights_of_runs<KvCodes>(task, tile, sight, scale, 0, kRunsPerTile, s, codes);
+  if constexpr (!__is_same(KvCodes, NoCodes)) {
+    for (int run = codes.begin; run < codes.end; ++run)
+      store_weights<KvCodes>(codes.to, codes.row, run, set1_i32(0));
   }
-  return weights_of_runs<coded>(task, tile, sight, scale, from, to, s, codes);
+  return weights_of_runs<KvCodes>(task, tile, sight, scale, from, to, s, codes);
 }
 
 // A group of rows [row, row + count), count <= 6, all of which see something of a tile. Row r is head r %
@@ -258,7 +269,7 @@ void compute_rows(const KvView* kv, const AttentionTask* task, const TileRows& r
   ops.score[count - 1](q, values, head_dim, scratch.weights);
   for (int r = 0; r < count; ++r) {
     float* s = scratch.weights + r * kKvTile;
-    const RowWeights weights = softmax_row<false>(task, values, rows.sight[r], task->scale, s, {});
+    const RowWeights weights = softmax_row<NoCodes>(task, values, rows.sight[r], task->scale, s, {});
     maximums[r] = weights.maximum;
     sums[r] = weights.sum;
   }
@@ -288,34 +299,39 @@ void compute_rows(const KvView* kv, const AttentionTask* task, const TileRows& r
   }
 }
 
-// The same over an int8 cache; the block of rows whose codes stand in scratch begins at row `first_row`.
-void compute_rows_int8(const KvView* kv, const AttentionTask* task, const TileRows& rows, int64_t first_row,
-                       const Tile& tile, const Scratch& scratch, float* maximums, float* sums) {
+// The same over an integer cache; the block of rows whose codes stand in scratch begins at row `first_row`.
+template <typename KvCodes>
+void compute_rows_coded(const KvView* kv, const AttentionTask* task, const TileRows& rows, int64_t first_row,
+                        const Tile& tile, const Scratch& scratch, float* maximums, float* sums) {
   const int count = rows.count;
   const int64_t at = rows.row - first_row;
-  kCodeOps.score[count - 1](scratch.query, at, tile, kv->head_dim, scratch.weights);
+  kCodeOps<KvCodes>.score[count - 1](scratch.query, at, tile, kv->head_dim, scratch.weights);
   const int begin = rows.sight[0].first / 16, end = rows.sight[count - 1].last / 16 + 1;
   float factors[kAttentionTileRows];
   for (int r = 0; r < count; ++r) {
-    const CodesOut codes{scratch.high + r * kKvTile, scratch.low + r * kKvTile, begin, end};
-    const RowWeights weights = softmax_row<true>(task, tile, rows.sight[r], scratch.query.scale[at + r],
-                                                 scratch.weights + r * kKvTile, codes);
+    const CodesOut codes{scratch.codes, r, begin, end};
+    const RowWeights weights = softmax_row<KvCodes>(task, tile, rows.sight[r], scratch.query.scale[at + r],
+                                                    scratch.weights + r * kKvTile, codes);
     maximums[r] = weights.maximum;
     sums[r] = weights.sum;
     factors[r] = weights.factor;
   }
-  kCodeOps.weigh[count - 1](scratch.high, scratch.low, factors, tile, begin, end, kv->head_dim,
-                            scratch.outputs);
+  kCodeOps<KvCodes>.weigh[count - 1](scratch.codes, factors, tile, begin, end, kv->head_dim, scratch.outputs);
 }
 
 // The codes of the queries of a block.
-void quantize_block(const KvView* kv, const AttentionTask* task, int64_t begin, int64_t end,
-                    const Scratch& scratch) {
-  if (kv->type != KvType::i8) return;
+template <typename KvCodes>
+void quantize_queries(const KvView* kv, const AttentionTask* task, int64_t begin, int64_t end,
+                      const Scratch& scratch) {
   for (int64_t row = begin * task->group; row < end * task->group; ++row) {
     const float* q = task->q + row / task->group * task->q_stride + row % task->group * kv->head_dim;
-    quantize_query(q, kv->head_dim, task->scale, row - begin * task->group, scratch.query);
+    quantize_query<KvCodes>(q, kv->head_dim, task->scale, row - begin * task->group, scratch.query);
   }
+}
+void quantize_block(const KvView* kv, const AttentionTask* task, int64_t begin, int64_t end,
+                    const Scratch& scratch) {
+  if (kv->type == KvType::i16) quantize_queries<Codes16>(kv, task, begin, end, scratch);
+  if (kv->type == KvType::i8) quantize_queries<Codes8>(kv, task, begin, end, scratch);
 }
 
 // One step of the fold: (m, l, o) of `count` <= 8 rows with what their tile gave.
@@ -355,14 +371,15 @@ void queries_in_sight(const AttentionTask* task, int64_t index, int64_t* begin, 
 // Calls sink(row, count, maximums, sums) for the rows of queries [begin, end) that see tile `index`; their o'
 // stand in scratch.outputs.
 template <typename Sink>
-FASTLLM_INLINE void compute_tile(const KvView* kv, const AttentionTask* task, int64_t index, int64_t begin,
-                                 int64_t end, const Scratch& scratch, Sink sink) {
+FASTLLM_INLINE void compute_tile(const KvView* kv, const AttentionTask* task, int64_t index, int64_t next,
+                                 int64_t begin, int64_t end, const Scratch& scratch, Sink sink) {
   const int64_t first_row = begin * task->group;
   queries_in_sight(task, index, &begin, &end);
   if (begin >= end) return;
-  const Tile tile = find_tile(kv, task, index, begin, end);
+  Tile tile = find_tile(kv, task, index, begin, end);
+  if (next >= 0 && kv_has_scales(kv->type)) read_next(kv, task, next, &tile);
   const int64_t rows = (end - begin) * task->group;
-  const TileOps* ops = &kTileOps[static_cast<int>(kv->type)];
+  const TileOps* ops = kv_has_scales(kv->type) ? nullptr : &kTileOps[static_cast<int>(kv->type)];
   Tile values = tile;
   if (rows > 2 * kAttentionTileRows && (kv->type == KvType::f16 || kv->type == KvType::bf16)) {
     values = kv->type == KvType::f16 ? convert_tile<KvType::f16>(tile, kv->head_dim, scratch)
@@ -375,8 +392,10 @@ FASTLLM_INLINE void compute_tile(const KvView* kv, const AttentionTask* task, in
     const int count = static_cast<int>(rows / parts + (part < rows % parts ? 1 : 0));
     const TileRows group = tile_rows(task, index, row, count);
     float maximums[kAttentionTileRows], sums[kAttentionTileRows];
-    if (kv->type == KvType::i8) {
-      compute_rows_int8(kv, task, group, first_row, tile, scratch, maximums, sums);
+    if (kv->type == KvType::i16) {
+      compute_rows_coded<Codes16>(kv, task, group, first_row, tile, scratch, maximums, sums);
+    } else if (kv->type == KvType::i8) {
+      compute_rows_coded<Codes8>(kv, task, group, first_row, tile, scratch, maximums, sums);
     } else {
       compute_rows(kv, task, group, values, *ops, scratch, maximums, sums);
     }
@@ -421,8 +440,9 @@ void attention(const KvView* kv, const AttentionTask* task, float* scratch_memor
     }
     const int64_t tiles = (task->first_position + end - 1) / kKvTile + 1;
     for (int64_t index = attention_first_position(task, begin) / kKvTile; index < tiles; ++index) {
-      if (index + 1 < tiles) prefetch_tile(kv, task, index + 1);
-      compute_tile(kv, task, index, begin, end, scratch,
+      const int64_t next = index + 1 < tiles ? index + 1 : -1;
+      if (next >= 0 && !kv_has_scales(kv->type)) prefetch_tile(kv, task, next);
+      compute_tile(kv, task, index, next, begin, end, scratch,
                    [&](int64_t row, int count, const float* maximums, const float* sums)
                        __attribute__((always_inline)) {
                          const float* from[kAttentionTileRows];
@@ -455,9 +475,10 @@ void attention_tiles(const KvView* kv, const AttentionTask* task, int64_t tile_b
     const int64_t end = min_of(begin + step, task->queries);
     quantize_block(kv, task, begin, end, scratch);
     for (int64_t index = tile_begin; index < tile_end; ++index) {
-      if (index + 1 < tile_end) prefetch_tile(kv, task, index + 1);
+      const int64_t next = index + 1 < tile_end ? index + 1 : -1;
+      if (next >= 0 && !kv_has_scales(kv->type)) prefetch_tile(kv, task, next);
       float* records = partials + (index - tile_begin) * rows * record;
-      compute_tile(kv, task, index, begin, end, scratch,
+      compute_tile(kv, task, index, next, begin, end, scratch,
                    [&](int64_t row, int count, const float* maximums, const float* sums)
                        __attribute__((always_inline)) {
                          for (int r = 0; r < count; ++r) {

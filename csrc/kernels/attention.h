@@ -32,12 +32,12 @@ static inline int64_t attention_record_floats(int64_t head_dim) { return 2 + hea
 
 // Floats of scratch that one call of attention or attention_tiles needs: weights and outputs of a register
 // tile, a KV tile in fp32, codes of weights and of a block's queries, four words for each row of a block; 15
-// for alignment. About 11,000 for head_dim 64.
+// for alignment. About 13,000 for head_dim 64.
 static inline int64_t attention_scratch_floats(int64_t group, int64_t head_dim, int64_t queries) {
   const int64_t rows = group > kAttentionBlockRows ? group : kAttentionBlockRows;
   const int64_t used = group * queries < rows ? group * queries : rows;
   return kAttentionTileRows * (kKvTile + head_dim) + 2 * kKvTile * head_dim +
-         kAttentionTileRows * kKvTile / 2 + used * head_dim / 4 + 4 * used + 15;
+         kAttentionTileRows * kKvTile / 2 + used * head_dim / 2 + 4 * used + 15;
 }
 
 }  // namespace fastllm

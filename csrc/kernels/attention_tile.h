@@ -54,11 +54,16 @@ FASTLLM_INLINE void multiply_add(f32x16 (&acc)[R][J], Line line, Factor factor) 
   }
 }
 
+// To the second level: a tile of K and V and the next one would drive each other out of the first.
+FASTLLM_INLINE void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // One KV tile: where its four runs of 16 positions start, and which of its positions anyone sees.
 struct Tile {
-  const void* k[kRunsPerTile];         // as KvView's k; runs out of sight point at one in sight
-  const void* v[kRunsPerTile];         // as KvView's v
-  const float* k_scale[kRunsPerTile];  // (16), int8 only
+  const void* k[kRunsPerTile];       // as KvView's k; runs out of sight point at one in sight
+  const void* v[kRunsPerTile];       // as KvView's v
+  const char* next_k[kRunsPerTile];  // the tile that will be read next, to be asked for; integer caches only
+  const char* next_v[kRunsPerTile];
+  const float* k_scale[kRunsPerTile];  // (16), integer caches only
   const float* v_scale[kRunsPerTile];
   int first, last;  // of the tile's positions 0..63, inclusive
 };
@@ -148,7 +153,7 @@ constexpr TileOps tile_ops() {
            weigh_tile<6, T>}};
 }
 
-// By KvType; int8 has its own (attention_int8.h).
+// By KvType; the integer ones have their own (attention_codes.h).
 constexpr TileOps kTileOps[] = {tile_ops<KvType::f32>(), tile_ops<KvType::f16>(), tile_ops<KvType::bf16>()};
 
 }  // namespace

@@ -72,26 +72,45 @@ struct QuantizedRows {
   }
 };
 
-enum class KvType : uint8_t { f32, f16, bf16, i8 };
+enum class KvType : uint8_t { f32, f16, bf16, i16, i8 };
 
-// One layer of the paged KV cache. A block holds block_size positions (a multiple of 16, at most 64).
-//   k  (blocks, kv_heads, block_size/16, head_dim, 16): position innermost, so that 16 scores are one vector
-//   v  (blocks, kv_heads, block_size, head_dim)
-// and for i8, where a head is H (scale * codes), H its Hadamard matrix (hadamard.h), and four codes stand
-// together for the integer dot products,
-//   k  (blocks, kv_heads, block_size/16, head_dim/4, 16, 4): code + 128
-//   v  (blocks, kv_heads, block_size/4, head_dim, 4): 4 consecutive positions of one column
-//   k_scale, v_scale  fp32 (blocks, kv_heads, block_size)
+static inline int64_t kv_value_bytes(KvType type) {
+  return type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2;
+}
+// Integers, with a scale per position and head.
+static inline bool kv_has_scales(KvType type) { return type == KvType::i16 || type == KvType::i8; }
+
+// One layer of the paged KV cache. A block holds block_size positions (a multiple of 16, at most 64). Of each
+// kBlocksTogether blocks a head's stand together, see kv_block(): where a sequence has neighbouring blocks,
+// reading one head of them is a stream of some pages, and memory is taken page by page as blocks are used.
+//   k  (kv_block, block_size/16, head_dim, 16): position innermost, so that 16 scores are one vector
+//   v  (kv_block, block_size, head_dim)
+// The integer types have scales and words of four bytes for the integer dot products, two i16 or four i8
+// codes (w of them) of neighbouring columns (k) or positions (v):
+//   k  (kv_block, block_size/16, head_dim/w, 16, w); of i8 code + 128
+//   v  (kv_block, block_size/w, head_dim, w)
+//   k_scale, v_scale  fp32 (kv_block, block_size)
+// A head is scale * codes, codes up to 8191 in k and 4095 in v; for i8 it is H (scale * codes), codes up to
+// 127, H its Hadamard matrix (hadamard.h).
 struct KvView {
   void* k;
   void* v;
   float* k_scale;
   float* v_scale;
+  int64_t blocks;
   int32_t kv_heads;
   int32_t head_dim;  // a multiple of 16 up to kHeadDimMax
   int32_t block_size;
   KvType type;
 };
+
+// Where block `block` of head `head` stands among the blocks of all heads.
+constexpr int64_t kBlocksTogether = 16;
+static inline int64_t kv_block(const KvView* kv, int64_t head, int64_t block) {
+  const int64_t first = block / kBlocksTogether * kBlocksTogether, left = kv->blocks - first;
+  const int64_t together = left < kBlocksTogether ? left : kBlocksTogether;
+  return first * kv->kv_heads + head * together + (block - first);
+}
 
 // What attention computes for a run of queries of one sequence that share a KV head.
 //   q    (queries, q_stride): the heads of the group start at q + h * head_dim, h < group

@@ -187,7 +187,7 @@ FASTLLM_INLINE void add_step(const Weights& weights, const Activations& x, int64
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const int8_t* q = x.q + r * x.kp + step * kStep;
-    const vi a[4] = {broadcast_quad(q), broadcast_quad(q + 4), broadcast_quad(q + 8), broadcast_quad(q + 12)};
+    const vi a[4] = {broadcast_word(q), broadcast_word(q + 4), broadcast_word(q + 8), broadcast_word(q + 12)};
     const vi start = vi_set1(x.starts[r * x.steps + step]);
     const vf scale = v_set1(x.scales[r * x.steps + step]);
 #pragma GCC unroll 2

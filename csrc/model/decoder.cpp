@@ -160,12 +160,14 @@ void Decoder::close() {
 }
 
 // ---- the KV cache ----------------------------------------------------------------------------------------
-// One mapping: per layer K, then V, then for int8 their scales; each (blocks, ...) as KvView says.
+// One mapping: per layer K, then V, then for the integer types their scales; each (blocks, ...) as KvView
+// says.
 
 std::size_t Decoder::kv_bytes_per_block(const DecoderConfig& config, std::int32_t block_size, KvType type) {
   const auto positions = static_cast<std::size_t>(config.num_layers * config.num_kv_heads * block_size);
-  const std::size_t scales = type == KvType::i8 ? sizeof(float) : 0;
-  return 2 * positions * (static_cast<std::size_t>(config.head_dim) * kv_value_bytes(type) + scales);
+  const std::size_t scales = kv_has_scales(type) ? sizeof(float) : 0;
+  const auto head = static_cast<std::size_t>(config.head_dim * kv_value_bytes(type));
+  return 2 * positions * (head + scales);
 }
 
 void Decoder::allocate_kv(std::int64_t blocks, std::int32_t block_size, KvType type) {
@@ -179,9 +181,8 @@ void Decoder::allocate_kv(std::int64_t blocks, std::int32_t block_size, KvType t
 
 KvView Decoder::kv_view(std::int64_t layer) {
   const auto positions = static_cast<std::size_t>(kv_blocks_ * config_.num_kv_heads * block_size_);
-  const std::size_t values =
-      positions * static_cast<std::size_t>(config_.head_dim) * kv_value_bytes(kv_type_);
-  const std::size_t scales = kv_type_ == KvType::i8 ? positions * sizeof(float) : 0;
+  const auto values = positions * static_cast<std::size_t>(config_.head_dim * kv_value_bytes(kv_type_));
+  const std::size_t scales = kv_has_scales(kv_type_) ? positions * sizeof(float) : 0;
   std::uint8_t* base = kv_.data() + static_cast<std::size_t>(layer) * 2 * (values + scales);
   KvView view{};
   view.k = base;
@@ -190,6 +191,7 @@ KvView Decoder::kv_view(std::int64_t layer) {
     view.k_scale = reinterpret_cast<float*>(base + 2 * values);
     view.v_scale = reinterpret_cast<float*>(base + 2 * values + scales);
   }
+  view.blocks = kv_blocks_;
   view.kv_heads = static_cast<std::int32_t>(config_.num_kv_heads);
   view.head_dim = static_cast<std::int32_t>(config_.head_dim);
   view.block_size = block_size_;

@@ -69,10 +69,6 @@ struct StepOutput {
   float* logits = nullptr;          // (R, V), or null: raw logits are not wanted
 };
 
-inline std::size_t kv_value_bytes(KvType type) {
-  return type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2;
-}
-
 class Decoder {
  public:
   // threads: 0 takes all available processors. Throws std::invalid_argument.
@@ -166,7 +162,7 @@ class Decoder {
   MappedBuffer kv_;
   std::int64_t kv_blocks_ = 0;
   std::int32_t block_size_ = 0;
-  KvType kv_type_ = KvType::f16;
+  KvType kv_type_ = KvType::i16;
 
   // Activations of one step, fp32 unless said otherwise.
   AlignedBuffer x_;              // (T, dim): the residual

@@ -247,8 +247,9 @@ void Decoder::prepare_heads(Team& team, const StepInput& in, const Layer& layer,
         kernels_.rope(q, q_dim, 1, c.num_heads, d, c.rotary_dim, cos + t * half, sin + t * half);
         kernels_.rope(k, kv_dim, 1, c.num_kv_heads, d, c.rotary_dim, cos + t * half, sin + t * half);
       }
-      kernels_.kv_write(&kv, k, kv_dim, v, kv_dim, 1, in.slot_mapping + t);
     }
+    kernels_.kv_write(&kv, k_.as<float>() + begin * kv_dim, kv_dim, v_.as<float>() + begin * kv_dim, kv_dim,
+                      end - begin, in.slot_mapping + begin);
   });
 }
 
@@ -387,17 +388,18 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
       team.for_each(c.num_layers, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t layer = begin; layer < end; ++layer) {
           const KvView kv = kv_view(layer);
-          const auto bytes =
-              static_cast<std::size_t>(c.num_kv_heads * block_size_ * c.head_dim) * kv_value_bytes(kv_type_);
-          const auto scales = static_cast<std::size_t>(c.num_kv_heads * block_size_);
-          for (std::int64_t i = 0; i < in.copies; ++i) {
-            const auto from = static_cast<std::size_t>(in.copy_blocks[2 * i]);
-            const auto to = static_cast<std::size_t>(in.copy_blocks[2 * i + 1]);
+          const auto bytes = static_cast<std::size_t>(block_size_ * c.head_dim * kv_value_bytes(kv_type_));
+          const auto scales = static_cast<std::size_t>(block_size_);
+          for (std::int64_t i = 0; i < in.copies * c.num_kv_heads; ++i) {
+            const std::int32_t* copy = in.copy_blocks + i / c.num_kv_heads * 2;
+            const std::int64_t head = i % c.num_kv_heads;
+            const auto from = static_cast<std::size_t>(kv_block(&kv, head, copy[0]));
+            const auto to = static_cast<std::size_t>(kv_block(&kv, head, copy[1]));
             for (void* plane : {kv.k, kv.v}) {
               auto* base = static_cast<std::uint8_t*>(plane);
               std::memcpy(base + to * bytes, base + from * bytes, bytes);
             }
-            if (kv_type_ != KvType::i8) continue;
+            if (!kv_has_scales(kv_type_)) continue;
             for (float* plane : {kv.k_scale, kv.v_scale})
               std::memcpy(plane + to * scales, plane + from * scales, scales * sizeof(float));
           }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KV_CACHE_DTYPES = ("fp16", "bf16", "fp32", "int8")
+KV_CACHE_DTYPES = ("int16", "int8", "fp16", "bf16", "fp32")
 QUANTIZATIONS = ("int4", "int8")
 BLOCK_SIZES = (16, 32, 64)
 
@@ -43,7 +43,7 @@ class CpuExecutor:
         spec: the decoder, from `fastllm.models.registry.spec_from_checkpoint(checkpoint)`.
         quantization: "int4" or "int8" quantizes floating-point matrices while loading, in groups of 32
             columns (the embedding and the head to 8 bits either way); None keeps the file's precision.
-        kv_cache_dtype: "fp16", "bf16", "fp32" or "int8".
+        kv_cache_dtype: one of KV_CACHE_DTYPES.
         block_size: positions per block of the KV cache: 16, 32 or 64.
         kv_cache_bytes: size of the KV cache; None takes what max_num_seqs sequences of max_model_len need, at
             most half of the memory that is free once the weights are loaded.

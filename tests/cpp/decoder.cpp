@@ -209,6 +209,7 @@ int main() {
   };
   std::printf("isa %s\n", kernels().name);
   for (const Kind& kind : {Kind{"u4 weights, f16 cache", Storage::u4, KvType::f16},
+                           Kind{"u4 weights, i16 cache", Storage::u4, KvType::i16},
                            Kind{"u8 weights, i8 cache", Storage::u8, KvType::i8},
                            Kind{"f32 weights, f32 cache", Storage::f32, KvType::f32},
                            Kind{"u4 weights, bf16 cache", Storage::u4, KvType::bf16}}) {

@@ -128,6 +128,7 @@ inline vb vb_lookup(vb table, vb index) { return _mm256_shuffle_epi8(table, inde
 constexpr int kU8Bias = 0;
 inline vi dot_u8(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 inline vi dot_u7(vi acc, vi p, vb v) { return _mm256_dpbusd_avx_epi32(acc, p, v); }
+inline vi dot_s16(vi acc, vi a, vi b) { return _mm256_dpwssd_avx_epi32(acc, a, b); }
 template <int bits>
 inline vi dot16(vi acc, const vb* w, const vi* a) {
   return dot_u8(dot_u8(dot_u8(dot_u8(acc, w[0], a[0]), w[1], a[1]), w[2], a[2]), w[3], a[3]);
@@ -147,6 +148,7 @@ inline vi dot_u8(vi acc, vb w, vi a) {
   return widen_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(a, s)));
 }
 inline vi dot_u7(vi acc, vi p, vb v) { return widen_pairs(acc, _mm256_maddubs_epi16(p, v)); }
+inline vi dot_s16(vi acc, vi a, vi b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 template <int bits>
 inline vi dot16(vi acc, const vb* w, const vi* a) {
   if constexpr (bits == 8) {

@@ -133,6 +133,10 @@ inline vi dot_u8(vi acc, vb w, vi a) {
   return acc;
 }
 inline vi dot_u7(vi acc, vi p, vb v) { return dot_u8(acc, p, v); }
+inline vi dot_s16(vi acc, vi a, vi b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
 template <int bits>
 inline vi dot16(vi acc, const vb* w, const vi* a) {
   return dot_u8(dot_u8(dot_u8(dot_u8(acc, w[0], a[0]), w[1], a[1]), w[2], a[2]), w[3], a[3]);

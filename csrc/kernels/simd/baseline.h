@@ -188,6 +188,7 @@ inline vi dot_u8(vi acc, vb w, vi a) {
   return widen_pairs(acc, _mm_maddubs_epi16(_mm_abs_epi8(s), _mm_sign_epi8(a, s)));
 }
 inline vi dot_u7(vi acc, vi p, vb v) { return widen_pairs(acc, _mm_maddubs_epi16(p, v)); }
+inline vi dot_s16(vi acc, vi a, vi b) { return _mm_add_epi32(acc, _mm_madd_epi16(a, b)); }
 template <int bits>
 inline vi dot16(vi acc, const vb* w, const vi* a) {
   if constexpr (bits == 8) {

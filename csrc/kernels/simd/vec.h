@@ -10,6 +10,7 @@
 //   dot_u8       acc += sum over the 4 bytes of a lane of (w - kU8Bias) * a, exact, for any bytes w and
 //                activations a in [-127, 127]
 //   dot_u7       acc += sum of p * v, exact, for p < 128 and any signed bytes v
+//   dot_s16      acc += sum over the 2 signed words of a lane of a * b, exact but for overflow of the sum
 //   dot16<bits>  acc += sum over the 4 lines w and their 4 bytes of a lane of w * a, exact, for 16
 //   activations
 //                a in [-127, 127]; below 8 bits the bytes are w < 2^bits, with 8 bits w stands for w -
@@ -190,6 +191,9 @@ FASTLLM_INLINE i32x16 load_u8(const uint8_t* p) {
 FASTLLM_INLINE int32_t reduce_add_small(i32x16 x) {  // of values whose sum is below 2^24
   return static_cast<int32_t>(reduce_add(to_float(x)));
 }
+FASTLLM_INLINE void store_s16(int16_t* p, i32x16 x) {  // values that fit
+  FASTLLM_EACH vi_store_u16(reinterpret_cast<uint16_t*>(p) + i * kLanes, x.part[i]);
+}
 FASTLLM_INLINE void store_s8(int8_t* p, i32x16 x) { FASTLLM_EACH vi_store_s8(p + i * kLanes, x.part[i]); }
 template <int n>
 FASTLLM_INLINE i32x16 shift_left(i32x16 x) {
@@ -221,11 +225,11 @@ FASTLLM_INLINE vb shift(vb x) {
     return vb_shl<(n < 0 ? -n : 0)>(x);
   }
 }
-// Four int8 activations, broadcast to every lane.
-FASTLLM_INLINE vi broadcast_quad(const int8_t* p) {
-  int32_t quad;
-  __builtin_memcpy(&quad, p, 4);
-  return vi_set1(quad);
+// Four bytes, broadcast to every lane.
+FASTLLM_INLINE vi broadcast_word(const void* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return vi_set1(word);
 }
 
 }  // namespace
