@@ -1,14 +1,9 @@
-// Memory with one owner: aligned buffers for weights and activations, mapped ones for the KV cache.
+// Memory with one owner: zero until written, aligned for the widest vector, large pieces in huge pages.
 #pragma once
-
-#include <sys/mman.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <new>
 #include <utility>
 
 namespace fastllm {
@@ -19,13 +14,16 @@ class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   // Throws std::bad_alloc. The size is rounded up to a whole line, so a kernel may read the line it is in.
-  explicit AlignedBuffer(std::size_t bytes) : size_(bytes) {
-    const std::size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    if (whole < bytes) throw std::bad_alloc();
-    if (whole == 0) return;
-    data_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(kAlignment, whole)));
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_.get(), 0, whole);
+  explicit AlignedBuffer(std::size_t bytes) : data_(allocate(bytes)), size_(bytes) {}
+
+  // For what is made in numbers and lives long, as weights do: carved from areas of 32 MiB one behind the
+  // other, so that matrices too small for huge pages of their own share them. An area goes when its last
+  // buffer does. Throws std::bad_alloc.
+  static AlignedBuffer carve(std::size_t bytes) {
+    AlignedBuffer out;
+    out.data_ = carve_bytes(bytes);
+    out.size_ = bytes;
+    return out;
   }
 
   AlignedBuffer(AlignedBuffer&& other) noexcept
@@ -53,42 +51,11 @@ class AlignedBuffer {
   }
 
  private:
-  struct Free {
-    void operator()(std::uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<std::uint8_t, Free> data_;
-  std::size_t size_ = 0;
-};
+  using Bytes = std::shared_ptr<std::uint8_t>;  // shared with an area at most
+  static Bytes allocate(std::size_t bytes);
+  static Bytes carve_bytes(std::size_t bytes);
 
-// Anonymous pages straight from the kernel: zero until written, resident only once touched, and given back
-// whole when the owner goes.
-class MappedBuffer {
- public:
-  MappedBuffer() = default;
-  // Throws std::bad_alloc.
-  explicit MappedBuffer(std::size_t bytes) : size_(bytes) {
-    if (bytes == 0) return;
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    data_ = static_cast<std::uint8_t*>(p);
-    madvise(data_, bytes, MADV_HUGEPAGE);  // a wish: kernels without huge pages refuse it
-  }
-  MappedBuffer(MappedBuffer&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  MappedBuffer& operator=(MappedBuffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
-  ~MappedBuffer() {
-    if (data_ != nullptr) munmap(data_, size_);
-  }
-
-  std::size_t size() const { return size_; }
-  std::uint8_t* data() { return data_; }
-
- private:
-  std::uint8_t* data_ = nullptr;
+  Bytes data_;
   std::size_t size_ = 0;
 };
 

@@ -150,7 +150,7 @@ void Decoder::close() {
   embed_.reset();
   head_.reset();
   layers_.clear();
-  kv_ = MappedBuffer();
+  kv_ = AlignedBuffer();
   kv_blocks_ = 0;
   for (AlignedBuffer* buffer :
        {&final_norm_, &final_norm_bias_, &x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_, &cos_, &sin_,
@@ -171,9 +171,9 @@ std::size_t Decoder::kv_bytes_per_block(const DecoderConfig& config, std::int32_
 }
 
 void Decoder::allocate_kv(std::int64_t blocks, std::int32_t block_size, KvType type) {
-  kv_ = MappedBuffer();
+  kv_ = AlignedBuffer();
   kv_blocks_ = 0;
-  kv_ = MappedBuffer(static_cast<std::size_t>(blocks) * kv_bytes_per_block(config_, block_size, type));
+  kv_ = AlignedBuffer(static_cast<std::size_t>(blocks) * kv_bytes_per_block(config_, block_size, type));
   kv_blocks_ = blocks;
   block_size_ = block_size;
   kv_type_ = type;
@@ -183,7 +183,7 @@ KvView Decoder::kv_view(std::int64_t layer) {
   const auto positions = static_cast<std::size_t>(kv_blocks_ * config_.num_kv_heads * block_size_);
   const auto values = positions * static_cast<std::size_t>(config_.head_dim * kv_value_bytes(kv_type_));
   const std::size_t scales = kv_has_scales(kv_type_) ? positions * sizeof(float) : 0;
-  std::uint8_t* base = kv_.data() + static_cast<std::size_t>(layer) * 2 * (values + scales);
+  std::uint8_t* base = kv_.as<std::uint8_t>() + static_cast<std::size_t>(layer) * 2 * (values + scales);
   KvView view{};
   view.k = base;
   view.v = base + values;

@@ -159,7 +159,7 @@ class Decoder {
   Vector final_norm_, final_norm_bias_;
   std::vector<Layer> layers_;
 
-  MappedBuffer kv_;
+  AlignedBuffer kv_;
   std::int64_t kv_blocks_ = 0;
   std::int32_t block_size_ = 0;
   KvType kv_type_ = KvType::i16;

@@ -204,7 +204,7 @@ PackedMatrix allocate_float(std::int64_t rows, std::int64_t cols, Codes target) 
   out.rows = rows;
   out.cols = cols;
   const std::int64_t width = target == Codes::f32 ? 4 : 2;
-  out.codes = AlignedBuffer(static_cast<std::size_t>(out.panels() * cols * kPanel * width));
+  out.codes = AlignedBuffer::carve(static_cast<std::size_t>(out.panels() * cols * kPanel * width));
   return out;
 }
 

@@ -96,7 +96,7 @@ PackedMatrix allocate_integers(std::int64_t rows, std::int64_t cols, const Integ
   if (layout.codebook) std::memcpy(out.codebook, layout.codebook, sizeof out.codebook);
 
   const auto plane = [&](std::int64_t per_panel) {
-    return AlignedBuffer(static_cast<std::size_t>(out.panels() * per_panel));
+    return AlignedBuffer::carve(static_cast<std::size_t>(out.panels() * per_panel));
   };
   out.codes = plane(out.kp() / code_columns(out.kind) * 64);
   if (const std::int64_t columns = extra_columns(out.kind)) out.extra = plane(out.kp() / columns * 64);
