@@ -13,7 +13,7 @@
 //
 // Two paths, same arithmetic:
 //   direct   up to direct_rows(): a tile unpacks the codes in registers as they stream by, and asks for those
-//            of the next panel
+//            that come next
 //   panel    more rows: one or two panels are unpacked once into scratch (L1 or L2), then tiles of R rows x C
 //            columns run over them
 // Cost on AVX-512 VNNI per row, 16 outputs and 32 columns that share a scale: 8 vpdpbusd, 2 conversions, 3
@@ -31,6 +31,7 @@ constexpr int kStep = kActivationGroup;
 static_assert(kStep == 16, "a step is four lines of four columns");
 
 constexpr int64_t kRowsAtOnce = kMatmulRowsAtOnce;  // rows whose starts and sums lie in scratch
+constexpr int64_t kAhead = 2048;                    // bytes of codes asked for ahead, in the direct path
 
 #if defined(FASTLLM_ISA_avx512vnni)
 constexpr int kTileRows = 8;  // rows of a tile one column wide
@@ -104,19 +105,19 @@ struct Packed {
   PanelScales<int8_t> scales;
   PanelScales<uint8_t> mins;
   int part;
-  int64_t ahead;  // bytes from a panel's codes to those of the next; 0: there is none
+  const uint8_t* end;  // of the codes of the panels that this thread multiplies
 
   // Line `quad` of the eight of columns 32 * block to + 31.
   template <int quad>
   FASTLLM_INLINE vb line(int64_t block, int c) const {
     return codes.template line<kind, quad>(block, part + c);
   }
-  // Asks for the block's codes in the panel that comes next: a panel is little more than a page, and at each
-  // page the hardware's prefetchers begin anew. Spread over the tile, or the loads of a whole panel would
-  // queue up.
+  // Asks for the codes some way ahead, since at each page the hardware's prefetchers begin anew; block by
+  // block, or the loads would queue up. What comes after `end` is another thread's.
   FASTLLM_INLINE void prefetch(int64_t block) const {
     constexpr int64_t kBytes = kind == Unpack::u8 ? 512 : 256;
-    const uint8_t* next = codes.codes + ahead + block * kBytes;
+    const uint8_t* next = codes.codes + block * kBytes + kAhead;
+    if (next >= end) return;
 #pragma GCC unroll 8
     for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at);
   }
@@ -295,11 +296,10 @@ struct Job {
 template <Unpack kind, bool fine>
 void direct(const Job& job, const Activations& x) {
   const PackedView* w = job.w;
+  const uint8_t* end = PanelCodes(w, job.panel_end).codes;
   for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
-    // The panel after the last one is another thread's: asking for it would waste the memory's time.
-    const int64_t ahead = panel + 1 < job.panel_end ? w->kp * (kind == Unpack::u8 ? kPanel : kPanel / 2) : 0;
     Packed<kind> weights{PanelCodes(w, panel), PanelScales<int8_t>(w->scales, w->subscales, w, panel),
-                         PanelScales<uint8_t>(w->mins, w->submins, w, panel), 0, ahead};
+                         PanelScales<uint8_t>(w->mins, w->submins, w, panel), 0, end};
     for (; weights.part < kParts; ++weights.part)
       tiles_of<1, kTileRows, fine>(weights, x, 0, job.rows, w->mins != nullptr,
                                    job.output(panel, weights.part));
