@@ -16,11 +16,24 @@ constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this 
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Panels handed out at a time: about four chunks a thread, small enough to even out a slow neighbour and
-// large enough to stream; whole pairs, which the kernels compute together.
-std::int64_t panels_at_once(std::int64_t panels, int threads) {
-  return 2 * ceil_div(panels, static_cast<std::int64_t>(threads) * 8);
-}
+// How a product's panels are handed out: to every thread a long stretch first, since each stretch begins with
+// a wait for memory, then short ones that even out a slow neighbour. All but the last are whole pairs, which
+// the kernels compute together.
+class Stretches {
+ public:
+  Stretches(std::int64_t panels, int threads)
+      : panels_(panels), threads_(threads), long_(panels * 3 / 4 / threads / 2 * 2) {
+    rest_ = panels - long_ * threads_;
+    short_ = 2 * std::max<std::int64_t>(1, ceil_div(rest_, threads_ * 4));
+  }
+  std::int64_t count() const { return threads_ + ceil_div(rest_, short_); }
+  std::int64_t begin(std::int64_t i) const {
+    return i < threads_ ? i * long_ : std::min(panels_, long_ * threads_ + (i - threads_) * short_);
+  }
+
+ private:
+  std::int64_t panels_, threads_, long_, rest_, short_;
+};
 
 }  // namespace
 
@@ -202,7 +215,9 @@ void Decoder::multiply(Team& team, int thread, const float* x, std::int64_t ldx,
   for (int i = 0; i < count; ++i) panels += products[i].w->panels();
   const QuantizedRows q = quantized(products[0].w->cols);
   void* scratch = thread_state_[static_cast<std::size_t>(thread)].scratch.as<void>();
-  team.for_each(panels, panels_at_once(panels, team.size()), [&](std::int64_t begin, std::int64_t end) {
+  const Stretches stretches(panels, team.size());
+  team.for_each(stretches.count(), 1, [&](std::int64_t stretch, std::int64_t) {
+    const std::int64_t begin = stretches.begin(stretch), end = stretches.begin(stretch + 1);
     std::int64_t first = 0;
     for (int i = 0; i < count; ++i) {
       const Product& p = products[i];
