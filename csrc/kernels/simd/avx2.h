@@ -53,6 +53,7 @@ inline vf v_from_bits(vi a) { return _mm256_castsi256_ps(a); }
 inline vi v_round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
 inline vf v_from_int(vi a) { return _mm256_cvtepi32_ps(a); }
 inline vf v_select(vi m, vf a, vf b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m)); }
+inline vf v_select_gt(vf a, vf b, vf x, vf y) { return v_select(v_gt(a, b), x, y); }
 
 inline vf v_load_f16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -57,6 +57,10 @@ inline vf v_from_bits(vi a) { return _mm512_castsi512_ps(a); }
 inline vi v_round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
 inline vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
 inline vf v_select(vi m, vf a, vf b) { return _mm512_mask_blend_ps(_mm512_movepi32_mask(m), b, a); }
+// The comparison's mask register is the selection's: the two calls would move it through a vector.
+inline vf v_select_gt(vf a, vf b, vf x, vf y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+}
 
 inline vf v_load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

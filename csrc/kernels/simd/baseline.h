@@ -81,6 +81,7 @@ inline vf v_from_bits(vi a) { return _mm_castsi128_ps(a); }
 inline vi v_round_to_int(vf a) { return _mm_cvtps_epi32(a); }
 inline vf v_from_int(vi a) { return _mm_cvtepi32_ps(a); }
 inline vf v_select(vi m, vf a, vf b) { return _mm_blendv_ps(b, a, _mm_castsi128_ps(m)); }
+inline vf v_select_gt(vf a, vf b, vf x, vf y) { return v_select(v_gt(a, b), x, y); }
 
 inline vi vi_load_u16(const uint16_t* p) {
   return _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

@@ -122,6 +122,12 @@ FASTLLM_INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {
   FASTLLM_EACH r.part[i] = v_select(mask.part[i], a.part[i], b.part[i]);
   return r;
 }
+// x where a > b, else y.
+FASTLLM_INLINE f32x16 select_greater(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_select_gt(a.part[i], b.part[i], x.part[i], y.part[i]);
+  return r;
+}
 FASTLLM_INLINE i32x16 bits(f32x16 x) {
   i32x16 r;
   FASTLLM_EACH r.part[i] = v_bits(x.part[i]);
