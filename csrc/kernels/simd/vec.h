@@ -68,6 +68,15 @@ FASTLLM_INLINE void store_first(float* p, f32x16 x, int64_t n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// f(i, n) for n values from i on: whole vectors, then what is left. Inlined, n is a constant 16 but for the
+// last, and the loads and stores of the first n lanes need no masks.
+template <typename F>
+FASTLLM_INLINE void for_vectors(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) f(i, 16);
+  if (i < count) f(i, count - i);
+}
+
 #define FASTLLM_BINARY(name, type, native)                 \
   FASTLLM_INLINE type name(type a, type b) {               \
     type r;                                                \
