@@ -9,10 +9,9 @@ namespace {
 // out[i] = f(a[i], b[i]) over n values, 16 at a time.
 template <typename F>
 FASTLLM_INLINE void map(const float* a, const float* b, float* out, int64_t n, F f) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const int64_t lanes = n - i < 16 ? n - i : 16;
+  for_vectors(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
     store_first(out + i, f(load_first(a + i, lanes, 0.0f), load_first(b + i, lanes, 0.0f)), lanes);
-  }
+  });
 }
 
 }  // namespace

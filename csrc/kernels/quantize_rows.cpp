@@ -5,68 +5,107 @@
 // Groups of 16, not 32: on the default model the divergence from fp32 falls by almost half
 // (docs/benchmarks/log.md).
 //
-// 16 groups are done together: their 16 scales are one vector. Cost per group: 2 loads, 2 reductions of 8
-// instructions, 1 multiplication, 2 conversions, 1 narrowing store, and a sixteenth of 2 divisions.
+// 16 groups are done together: their maxima, scales and sums are one vector each, lane g for group g, made by
+// vec.h's trees. Maxima are those of the magnitudes' bits, which are ordered as the magnitudes are, with what
+// is not finite on top; sums are of integers: the order of neither matters. The scales of the whole row are
+// found before its codes, or the codes would wait for two divisions while the next groups wait for them.
+// Cost per group: 2 loads and a broadcast; 2 shuffles and 2 operations for the maximum; a multiplication, a
+// conversion, a shuffle and a quarter of a store for the codes; less than 1 instruction for the sum; and a
+// sixteenth of 2 divisions.
 #include "kernels/ops.h"
 #include "kernels/simd/vec.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-constexpr int64_t kTogether = 16;
+constexpr int kQuads = 4;  // quads of groups that are done together
+constexpr int64_t kQuadColumns = 4 * kActivationGroup;
 
-// The columns of group g; past column k they are 0.
-FASTLLM_INLINE f32x16 columns(const float* x, int64_t k, int64_t g) {
-  const int64_t left = k - 16 * g;
-  return load_first(x + 16 * g, left >= 16 ? 16 : (left > 0 ? left : 0), 0.0f);
+// A row from quad i on.
+FASTLLM_INLINE QuantizedRows from_quad(const QuantizedRows& row, int64_t i) {
+  return {row.q + i * kQuadColumns, row.scale + 4 * i, row.sums + 4 * i, row.fsums + 4 * i, row.kp};
 }
 
-// Groups [begin, end) of one row, at most 16.
-void quantize_groups(const float* x, int64_t k, int64_t begin, int64_t end, const QuantizedRows& row) {
-  alignas(64) float amax[kTogether] = {}, inverse[kTogether], sums[kTogether] = {};
-  alignas(64) int32_t keep[kTogether];
-  alignas(64) int32_t broken[kTogether] = {};
-  i32x16 any_broken = set1_i32(0);
-  for (int64_t g = begin; g < end; ++g) {
-    const f32x16 v = columns(x, k, g);
-    any_broken = bit_or(any_broken, not_finite(v));
-    amax[g - begin] = reduce_max(from_bits(magnitude(v)));
+// Scales of the first kCount quads of a row. fsums holds the inverses 127 / amax until the codes are known.
+template <int kCount>
+FASTLLM_INLINE void find_scales(const float* x, const QuantizedRows& row) {
+  vi quads[kQuads] = {vi_set1(0), vi_set1(0), vi_set1(0), vi_set1(0)};
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+    i32x16 v[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) v[j] = magnitude(load(x + i * kQuadColumns + j * kActivationGroup));
+    quads[i] = max_quad(v);
   }
-  if (any(any_broken)) {
-    for (int64_t g = begin; g < end; ++g) broken[g - begin] = any(not_finite(columns(x, k, g))) ? -1 : 0;
-  }
+  const f32x16 amax = from_bits(fold_quads(quads, vi_max));
+  const f32x16 infinity = from_bits(set1_i32(0x7f800000));
   // A group too small for a finite inverse (amax below 3.8e-37, or zero) counts as zero.
-  const f32x16 top = load(amax);
-  const f32x16 quotient = div(set1(127.0f), top);
-  const i32x16 usable = bit_andnot(load_i32(broken), greater(set1_i32(0x7f800000), bits(quotient)));
-  f32x16 scale = select(usable, div(top, set1(127.0f)), zero_f32());
-  scale = select(load_i32(broken), set1(__builtin_nanf("")), scale);
-  store(inverse, select(usable, quotient, zero_f32()));
-  store_i32(keep, usable);  // without an inverse the code is 0 even where x is not finite
-  for (int64_t g = begin; g < end; ++g) {
-    const f32x16 scaled = mul(columns(x, k, g), set1(inverse[g - begin]));
-    const i32x16 q = bit_and(round_to_int(scaled), set1_i32(keep[g - begin]));
-    store_s8(row.q + 16 * g, q);
-    sums[g - begin] = reduce_add(to_float(q));  // of 16 values below 128: exact in fp32
+  const f32x16 inverse = div(set1(127.0f), amax);
+  const f32x16 scale = select_greater(infinity, inverse, div(amax, set1(127.0f)), zero_f32());
+  store_first(row.scale, select(not_finite(amax), set1(__builtin_nanf("")), scale), 4 * kCount);
+  store_first(row.fsums, select_greater(infinity, inverse, inverse, zero_f32()), 4 * kCount);
+}
+
+// Codes and sums of those groups.
+template <int kCount>
+FASTLLM_INLINE void find_codes(const float* x, const QuantizedRows& row) {
+  vi quads[kQuads] = {vi_set1(0), vi_set1(0), vi_set1(0), vi_set1(0)};
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+    i32x16 codes[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const f32x16 v = load(x + i * kQuadColumns + j * kActivationGroup);
+      codes[j] = round_to_int(mul(v, set1(row.fsums[4 * i + j])));
+    }
+    quads[i] = store_s8_sum_quad(row.q + i * kQuadColumns, codes);
   }
-  const int64_t count = end - begin;
-  const f32x16 sum = load(sums);
-  store_first(row.scale + begin, scale, count);
-  store_first(row.fsums + begin, mul(scale, sum), count);
-  const f32x16 minus = from_bits(round_to_int(sub(zero_f32(), sum)));
-  store_first(reinterpret_cast<float*>(row.sums) + begin, minus, count);
+  i32x16 sum = fold_quads(quads, vi_add);
+  const f32x16 scale = load_first(row.scale, 4 * kCount, 0.0f);
+  const i32x16 broken = not_finite(scale);
+  if (any(broken)) {  // what is not finite has no code, not even times 0: such a group's codes become 0 here
+    alignas(64) int32_t clear[16];
+    store_i32(clear, broken);
+    for (int g = 0; g < 4 * kCount; ++g)
+      if (clear[g] != 0) store_s8(row.q + g * kActivationGroup, set1_i32(0));
+    sum = bit_andnot(broken, sum);
+  }
+  store_first(row.fsums, mul(scale, to_float(sum)), 4 * kCount);
+  store_first(reinterpret_cast<float*>(row.sums), from_bits(sub(set1_i32(0), sum)), 4 * kCount);
+}
+
+// The last groups of a row, fewer than a quad or not all whole: on copies, with zeros past column k.
+void quantize_rest(const float* x, int64_t k, int64_t groups, const QuantizedRows& row) {
+  alignas(64) float columns[kQuadColumns] = {};
+  alignas(64) int8_t q[kQuadColumns];
+  float scale[4], fsums[4];
+  int32_t sums[4];
+  for (int64_t i = 0; i < k; ++i) columns[i] = x[i];
+  const QuantizedRows copy = {q, scale, sums, fsums, kQuadColumns};
+  find_scales<1>(columns, copy);
+  find_codes<1>(columns, copy);
+  for (int64_t g = 0; g < groups; ++g) {
+    store_s8(row.q + g * kActivationGroup, load_s8(q + g * kActivationGroup));
+    row.scale[g] = scale[g];
+    row.sums[g] = sums[g];
+    row.fsums[g] = fsums[g];
+  }
 }
 
 }  // namespace
 
 void quantize_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, const QuantizedRows* out) {
-  const int64_t groups = out->kp / 16;
+  const int64_t groups = out->kp / kActivationGroup, quads = k / kQuadColumns, rest = quads * kQuadColumns;
   for (int64_t m = 0; m < rows; ++m) {
+    const float* in = x + m * ldx;
     const QuantizedRows row = out->from_row(m);
-    for (int64_t begin = 0; begin < groups; begin += kTogether) {
-      const int64_t end = begin + kTogether < groups ? begin + kTogether : groups;
-      quantize_groups(x + m * ldx, k, begin, end, row);
-    }
+    int64_t i = 0;
+    for (; i + kQuads <= quads; i += kQuads) find_scales<kQuads>(in + i * kQuadColumns, from_quad(row, i));
+    for (; i < quads; ++i) find_scales<1>(in + i * kQuadColumns, from_quad(row, i));
+    for (i = 0; i + kQuads <= quads; i += kQuads)
+      find_codes<kQuads>(in + i * kQuadColumns, from_quad(row, i));
+    for (; i < quads; ++i) find_codes<1>(in + i * kQuadColumns, from_quad(row, i));
+    if (4 * quads < groups) quantize_rest(in + rest, k - rest, groups - 4 * quads, from_quad(row, quads));
   }
 }
 

@@ -30,6 +30,7 @@ inline vi vi_set1(int x) { return _mm256_set1_epi32(x); }
 inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 inline vi vi_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+inline vi vi_max(vi a, vi b) { return _mm256_max_epi32(a, b); }
 inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 inline vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 inline vi vi_andnot(vi m, vi b) { return _mm256_andnot_si256(m, b); }
@@ -53,6 +54,8 @@ inline vf v_from_bits(vi a) { return _mm256_castsi256_ps(a); }
 inline vi v_round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
 inline vf v_from_int(vi a) { return _mm256_cvtepi32_ps(a); }
 inline vf v_select(vi m, vf a, vf b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m)); }
+inline vf v_select_gt(vf a, vf b, vf x, vf y) { return v_select(v_gt(a, b), x, y); }
+inline bool vi_any(vi m) { return _mm256_movemask_ps(_mm256_castsi256_ps(m)) != 0; }
 
 inline vf v_load_f16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -161,6 +164,27 @@ inline vi dot16(vi acc, const vb* w, const vi* a) {
   }
 }
 #endif
+
+// The steps of vec.h's fold over many groups: 2 shuffles and 1 operation make one vector of two.
+template <typename Op>
+inline vi vi_quad(const vi* x, Op op) {
+  const vi ab = op(_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1]));
+  const vi cd = op(_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3]));
+  return op(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+inline vi vi_even_blocks(vi a, vi b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+inline vi vi_odd_blocks(vi a, vi b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+// Two groups a, b fill a vector. Packing leaves 4 values each of a, b, a, b in the dwords of a block; a dot
+// product with ones adds them up.
+inline vi vi_store_s8_two(int8_t* p, const vi* x) {
+  const vi packed = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[2]), _mm256_packs_epi32(x[1], x[3]));
+  vi_store(p, _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7)));
+  return dot_u7(vi_set1(0), vb_set1(1), packed);
+}
+inline vi vi_store_s8_sum_quad(int8_t* p, const vi* x) {
+  const vi ab = vi_store_s8_two(p, x), cd = vi_store_s8_two(p + 32, x + 4);
+  return vi_add(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
 
 }  // namespace
 }  // namespace fastllm

@@ -34,6 +34,7 @@ inline vi vi_set1(int x) { return _mm512_set1_epi32(x); }
 inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+inline vi vi_max(vi a, vi b) { return _mm512_max_epi32(a, b); }
 inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 inline vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 inline vi vi_andnot(vi m, vi b) { return _mm512_andnot_si512(m, b); }
@@ -57,6 +58,11 @@ inline vf v_from_bits(vi a) { return _mm512_castsi512_ps(a); }
 inline vi v_round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
 inline vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
 inline vf v_select(vi m, vf a, vf b) { return _mm512_mask_blend_ps(_mm512_movepi32_mask(m), b, a); }
+// The comparison's mask register is the selection's: the two calls would move it through a vector.
+inline vf v_select_gt(vf a, vf b, vf x, vf y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+}
+inline bool vi_any(vi m) { return _mm512_movepi32_mask(m) != 0; }
 
 inline vf v_load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -140,6 +146,23 @@ inline vi dot_s16(vi acc, vi a, vi b) {
 template <int bits>
 inline vi dot16(vi acc, const vb* w, const vi* a) {
   return dot_u8(dot_u8(dot_u8(dot_u8(acc, w[0], a[0]), w[1], a[1]), w[2], a[2]), w[3], a[3]);
+}
+
+// The steps of vec.h's fold over many groups: 2 shuffles and 1 operation make one vector of two.
+template <typename Op>
+inline vi vi_quad(const vi* x, Op op) {
+  const vi ab = op(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+  const vi cd = op(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+  return op(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+inline vi vi_even_blocks(vi a, vi b) { return _mm512_shuffle_i32x4(a, b, 0x88); }
+inline vi vi_odd_blocks(vi a, vi b) { return _mm512_shuffle_i32x4(a, b, 0xdd); }
+// Packing leaves 4 values of group j in dword j of every block; a dot product with ones adds them up.
+inline vi vi_store_s8_sum_quad(int8_t* p, const vi* x) {
+  const vi packed = _mm512_packs_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
+  const vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  vi_store(p, _mm512_permutexvar_epi32(order, packed));
+  return dot_u7(vi_set1(0), vb_set1(1), packed);
 }
 
 }  // namespace

@@ -58,6 +58,7 @@ inline vi vi_set1(int x) { return _mm_set1_epi32(x); }
 inline vi vi_add(vi a, vi b) { return _mm_add_epi32(a, b); }
 inline vi vi_sub(vi a, vi b) { return _mm_sub_epi32(a, b); }
 inline vi vi_mul(vi a, vi b) { return _mm_mullo_epi32(a, b); }
+inline vi vi_max(vi a, vi b) { return _mm_max_epi32(a, b); }
 inline vi vi_and(vi a, vi b) { return _mm_and_si128(a, b); }
 inline vi vi_or(vi a, vi b) { return _mm_or_si128(a, b); }
 inline vi vi_andnot(vi m, vi b) { return _mm_andnot_si128(m, b); }
@@ -81,6 +82,8 @@ inline vf v_from_bits(vi a) { return _mm_castsi128_ps(a); }
 inline vi v_round_to_int(vf a) { return _mm_cvtps_epi32(a); }
 inline vf v_from_int(vi a) { return _mm_cvtepi32_ps(a); }
 inline vf v_select(vi m, vf a, vf b) { return _mm_blendv_ps(b, a, _mm_castsi128_ps(m)); }
+inline vf v_select_gt(vf a, vf b, vf x, vf y) { return v_select(v_gt(a, b), x, y); }
+inline bool vi_any(vi m) { return _mm_movemask_ps(_mm_castsi128_ps(m)) != 0; }
 
 inline vi vi_load_u16(const uint16_t* p) {
   return _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -199,6 +202,27 @@ inline vi dot16(vi acc, const vb* w, const vi* a) {
     if constexpr (bits <= 5) return widen_pairs(acc, _mm_add_epi16(low, high));
     return widen_pairs(widen_pairs(acc, low), high);
   }
+}
+
+// The steps of vec.h's fold over many groups: 2 shuffles and 1 operation make one vector of two.
+template <typename Op>
+inline vi vi_quad(const vi* x, Op op) {
+  const vi ab = op(_mm_unpacklo_epi32(x[0], x[1]), _mm_unpackhi_epi32(x[0], x[1]));
+  const vi cd = op(_mm_unpacklo_epi32(x[2], x[3]), _mm_unpackhi_epi32(x[2], x[3]));
+  return op(_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd));
+}
+// A vector is one block: nothing is left to fold.
+inline vi vi_even_blocks(vi a, vi) { return a; }
+inline vi vi_odd_blocks(vi, vi b) { return b; }
+inline vi vi_store_s8_sum_quad(int8_t* p, const vi* x) {
+  vi sums[4];
+  for (int g = 0; g < 4; ++g) {
+    const vi* v = x + 4 * g;
+    const vi packed = _mm_packs_epi16(_mm_packs_epi32(v[0], v[1]), _mm_packs_epi32(v[2], v[3]));
+    vi_store(p + 16 * g, packed);
+    sums[g] = dot_u7(vi_set1(0), vb_set1(1), packed);
+  }
+  return vi_quad(sums, vi_add);
 }
 
 }  // namespace

@@ -15,6 +15,8 @@
 //   activations
 //                a in [-127, 127]; below 8 bits the bytes are w < 2^bits, with 8 bits w stands for w -
 //                kU8Bias
+//   vi_quad, vi_even_blocks, vi_odd_blocks, vi_store_s8_sum_quad  the steps of "many groups at once", below:
+//                four vectors into a quad; the even, or odd, 128-bit blocks of a, then those of b
 // A kernel whose lanes never meet (the quantized matmul) is written on the native vectors, a part at a time.
 // Loops over parts unroll entirely: -O3 leaves no array in memory.
 #pragma once
@@ -65,6 +67,15 @@ FASTLLM_INLINE void store_first(float* p, f32x16 x, int64_t n) {
   alignas(64) float lanes[16];
   store(lanes, x);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// f(i, n) for n values from i on: whole vectors, then what is left. Inlined, n is a constant 16 but for the
+// last, and the loads and stores of the first n lanes need no masks.
+template <typename F>
+FASTLLM_INLINE void for_vectors(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) f(i, 16);
+  if (i < count) f(i, count - i);
 }
 
 #define FASTLLM_BINARY(name, type, native)                 \
@@ -121,6 +132,12 @@ FASTLLM_INLINE i32x16 greater(f32x16 a, f32x16 b) {
 FASTLLM_INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {
   f32x16 r;
   FASTLLM_EACH r.part[i] = v_select(mask.part[i], a.part[i], b.part[i]);
+  return r;
+}
+// x where a > b, else y.
+FASTLLM_INLINE f32x16 select_greater(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
+  f32x16 r;
+  FASTLLM_EACH r.part[i] = v_select_gt(a.part[i], b.part[i], x.part[i], y.part[i]);
   return r;
 }
 FASTLLM_INLINE i32x16 bits(f32x16 x) {
@@ -208,10 +225,46 @@ FASTLLM_INLINE i32x16 shift_right_arithmetic(i32x16 x) {
   return r;
 }
 
+// ---- many groups at once ----------------------------------------------------------------------------------
+// The maximum or the sum over each of 16 groups of 16 values, as lane g of one vector for group g. A quad is
+// four groups in one native vector: dword j of each of its 128-bit blocks holds a part of group j's result.
+// Four quads, folded over their blocks, are the 16 results. Two vectors become one with 2 shuffles and 1
+// operation: 15 times for 16 groups, where each group on its own takes 4 of both.
+FASTLLM_INLINE vi max_quad(const i32x16 (&x)[4]) {
+  vi m[4];
+  for (int j = 0; j < 4; ++j) {
+    m[j] = x[j].part[0];
+    for (int i = 1; i < kParts; ++i) m[j] = vi_max(m[j], x[j].part[i]);
+  }
+  return vi_quad(m, vi_max);
+}
+// Stores four groups of values in [-128, 127] as bytes and returns the quad of their sums.
+FASTLLM_INLINE vi store_s8_sum_quad(int8_t* p, const i32x16 (&x)[4]) {
+  vi parts[4 * kParts];
+  for (int i = 0; i < 4 * kParts; ++i) parts[i] = x[i / kParts].part[i % kParts];
+  return vi_store_s8_sum_quad(p, parts);
+}
+FASTLLM_INLINE i32x16 fold_quads(const vi (&quads)[4], vi (*op)(vi, vi)) {
+  vi x[4] = {quads[0], quads[1], quads[2], quads[3]};
+  for (int n = 4; n > kParts; n /= 2) {
+    for (int i = 0; i < n / 2; ++i) {
+      const vi a = x[2 * i], b = x[2 * i + 1];
+      x[i] = op(vi_even_blocks(a, b), vi_odd_blocks(a, b));
+    }
+  }
+  i32x16 r;
+  FASTLLM_EACH r.part[i] = x[i];
+  return r;
+}
+
 // ---- what is not a number ---------------------------------------------------------------------------------
 FASTLLM_INLINE i32x16 magnitude(f32x16 x) { return bit_and(bits(x), set1_i32(0x7fffffff)); }
 FASTLLM_INLINE i32x16 not_finite(f32x16 x) { return greater(magnitude(x), set1_i32(0x7f7fffff)); }
-FASTLLM_INLINE bool any(i32x16 mask) { return reduce_max(from_bits(bit_and(mask, bits(set1(1.0f))))) > 0.0f; }
+FASTLLM_INLINE bool any(i32x16 mask) {
+  vi m = mask.part[0];
+  for (int i = 1; i < kParts; ++i) m = vi_or(m, mask.part[i]);
+  return vi_any(m);
+}
 
 // ---- bytes ----------------------------------------------------------------------------------------------
 // n > 0: right, n < 0: left, in 16-bit units; the caller masks what crosses a byte.
