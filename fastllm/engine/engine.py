@@ -265,6 +265,7 @@ class Engine:
             now = self._clock()
             self._deliver(moved, result, now)
             if self._hooks.step:
+                delivery = self._clock() - now
                 emit(
                     self._hooks.step,
                     events.Step(
@@ -277,6 +278,7 @@ class Engine:
                         scheduler.num_waiting,
                         scheduler.pool.num_free,
                         scheduler.pool.num_blocks,
+                        delivery,
                     ),
                 )
         except BaseException as error:  # tokens may be lost; going on would give wrong text
@@ -384,7 +386,7 @@ class Engine:
             raise RequestError("profile", "a second one", "one at a time")
         self._profile = profile = Profile(self._executor, self._clock, len(self._requests))
         self._executor = profile.executor
-        self._hooks = HookTable((*self._listeners, profile))
+        self._hooks = HookTable((profile, *self._listeners))
         return profile
 
     def stop_profile(self) -> None:

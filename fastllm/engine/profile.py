@@ -12,7 +12,7 @@ lie end to end and add up to it; times are seconds of the engine's clock:
                                            └──── scheduling ────────────┘        python
 
 The executor divides its call into phases; what remains of the call is "unaccounted". What the profile costs
-itself, a few microseconds a step, is in no part. An engine without a profile runs none of this.
+itself, ten to thirty microseconds a step, is in no part. An engine without a profile runs none of this.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """What the table calls the parts, and which it takes together.
 
 executor: the whole call of an executor that has no phases. scheduling: choosing the tokens, building the
-batch and taking in its result. Python: texts, outputs and other hooks. between steps: handing outputs over
-and taking requests; where `Engine.step` is called directly, all that its caller does meanwhile. unaccounted:
-checking the batch's arrays, waking threads, waiting for the GIL.
+batch and taking in its result. Python: texts and outputs. between steps: what hooks do at a step's end,
+handing outputs over and taking requests; where `Engine.step` is called directly, all that its caller does
+meanwhile. unaccounted: checking the batch's arrays, waking threads, waiting for the GIL.
 """
 
 OVERHEAD = ("scheduling", "python", "between", "unaccounted")
@@ -129,14 +129,13 @@ class Profile(EngineHook):
             self._end = None  # from here on the engine waits for work
 
     def on_step(self, event: Step) -> None:
-        now = self._clock()
         begin, call = event.time - event.duration, self.executor
         seconds = call.returned - call.called
         phases = {"executor": seconds} if call.phases is None else call.phases
         parts = {
             **phases,
             "scheduling": (call.entered - begin) + (event.time - call.left),
-            "python": now - event.time,
+            "python": event.delivery,
             "between": 0.0 if self._end is None else begin - self._end,
             "unaccounted": seconds - sum(phases.values()),
         }
