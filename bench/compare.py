@@ -116,12 +116,8 @@ def add_directory(record: dict[str, Any], path: Path) -> None:
 def save(record: dict[str, Any], out: Path) -> list[dict[str, Any]]:
     """All three files; the table's rows."""
     table = results.results(record)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".part")
-    partial.write_text(json.dumps({**record, "results": table}, indent=1) + "\n")
-    partial.replace(out.with_suffix(".json"))
-    out.with_suffix(".md").write_text(report.markdown(record, table))
-    out.with_suffix(".svg").write_text(report.chart(record, table))
+    shown = report.markdown(record, table), report.chart(record, table)
+    report.write(out, {**record, "results": table}, *shown)
     return table
 
 

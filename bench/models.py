@@ -1,12 +1,13 @@
-"""The model files of the comparison, each made once under build/bench/models/ and then kept.
+"""The model files of the benchmarks, each made once under build/bench/models/ and then kept.
 
     python bench/models.py [NAME ...]        makes them, or all, and says where they are
 
-smollm2-*: the default model, as shipped (Q4_1) or requantized by llama.cpp's llama-quantize. 1b-*: random
-weights in the "1B" shape of make_model.py; Q4_0 and Q4_1 with a Q8_0 head directly, the others by
-llama-quantize from one F16 file with the same values. NAME-bf16 is a directory of safetensors with the
-values of that file, for programs that read no GGUF; `transformers` writes it. NAME-onnx is made from that by
-ONNX Runtime GenAI's model builder, which quantizes anew, to int4 in blocks of 32.
+smollm2-*: the default model, as shipped (Q4_1) or requantized by llama.cpp's llama-quantize. 30m-* to 1b-*:
+random weights in shapes of so many parameters, the "1B" shape that of make_model.py; Q4_0 and Q4_1 with a
+Q8_0 head directly, the others by llama-quantize from one F16 file with the same values. NAME-bf16 is a
+directory of safetensors with the values of that file, for programs that read no GGUF; `transformers` writes
+it. NAME-onnx is made from that by ONNX Runtime GenAI's model builder, which quantizes anew, to int4 in
+blocks of 32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ import machine
 import peers
 
 FOLDER = machine.ROOT / "build" / "bench" / "models"
+
+# Random models: their sizes as options of make_model.py. 135m and 360m are SmolLM2's, with a longer context.
+SHAPES: dict[str, str] = {
+    "30m": "--dim 384 --layers 7 --heads 6 --kv-heads 2 --ffn 1024 --context 65536",
+    "135m": "--dim 576 --layers 30 --heads 9 --kv-heads 3 --ffn 1536 --context 65536",
+    "360m": "--dim 960 --layers 32 --heads 15 --kv-heads 5 --ffn 2560 --context 65536",
+    "1b": "",
+}
 
 _EXPORT = """
 import sys, torch
@@ -65,19 +74,19 @@ def _recipe(name: str) -> Callable[[Path], None]:
     family, _, kind = name.partition("-")
     if family == "smollm2":
         return lambda out: _quantize(path("smollm2-q4_1"), out, kind)
-    if family != "1b":
+    if family not in SHAPES:
         raise SystemExit(f"no such model: {name}; there are {', '.join(NAMES)}")
     if kind in ("q4_0", "q4_1"):
-        return lambda out: _random(out, kind.upper(), "Q8_0")
+        return lambda out: _random(out, family, kind.upper(), "Q8_0")
     if kind == "f16":
-        return lambda out: _random(out, "F16", "F16")
-    return lambda out: _quantize(path("1b-f16"), out, kind)
+        return lambda out: _random(out, family, "F16", "F16")
+    return lambda out: _quantize(path(f"{family}-f16"), out, kind)
 
 
-def _random(out: Path, kind: str, head: str) -> None:
+def _random(out: Path, family: str, kind: str, head: str) -> None:
     script = machine.ROOT / "bench" / "make_model.py"
-    command = [sys.executable, str(script), str(out), "--type", kind, "--head-type", head, "--name", "1B"]
-    subprocess.run(command, check=True)
+    command = [sys.executable, str(script), str(out), "--type", kind, "--head-type", head]
+    subprocess.run([*command, "--name", family.upper(), *SHAPES[family].split()], check=True)
 
 
 def _quantize(source: Path, out: Path, kind: str) -> None:
@@ -105,6 +114,7 @@ def _build_onnx(source: Path, out: Path) -> None:
 
 NAMES = (
     *("smollm2-q4_1", "smollm2-q4_0", "smollm2-q4_0-bf16", "smollm2-q4_0-onnx"),
+    *("30m-q4_0", "135m-q4_0", "360m-q4_0"),
     *("1b-q4_0", "1b-q4_1", "1b-q4_k_m", "1b-q5_k_m", "1b-q6_k", "1b-q8_0", "1b-f16"),
 )
 

@@ -1,19 +1,33 @@
 """A record's results for people: a Markdown table and a chart.
 
-The chart is SVG, written here: a bar per row with the ratio to the best peer, its interval as a line, and a
+The chart has a bar per row with the ratio to the best peer, its interval as a line, and a
 tick where the ratio has to be.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
+
+from svg import AMBER, BLUE, FAINT, INK, RED, page
 
 PAIRS_LEAST = 15
 FASTLLM = "fastllm"
 Result = dict[str, Any]
+
+
+def write(out: Path, record: dict[str, Any], table: str, drawing: str) -> None:
+    """OUT.json, .md and .svg. The record takes its name once it is complete: it is what cannot be remade."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".part")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(out.with_suffix(".json"))
+    out.with_suffix(".md").write_text(table)
+    out.with_suffix(".svg").write_text(drawing)
 
 
 def verdict(result: Result) -> str:
@@ -115,7 +129,7 @@ def _settings(results: Sequence[Result]) -> list[str]:
 # -- chart ---------------------------------------------------------------------------------------------------
 
 WIDTH, LEFT, RIGHT, TOP, LINE = 860, 230, 150, 64, 24
-INK, FAINT, BAR, MISSED, TICK = "#1f2328", "#d0d7de", "#2f81f7", "#bf8700", "#cf222e"
+BAR, MISSED, TICK = BLUE, AMBER, RED
 
 
 def chart(record: dict[str, Any], results: Sequence[Result]) -> str:
@@ -131,14 +145,8 @@ def chart(record: dict[str, Any], results: Sequence[Result]) -> str:
     machine = record["parts"][-1]["machine"]
     title = "fastllm against the best peer on the same weights: times as fast"
     below = f"{machine['processor']}, {record['threads']} threads, {machine['isa']}"
-    below += f"; commit {machine['commit'][:8]}"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
-        f'viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="12" fill="{INK}">',
-        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="16" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
-        f'<text x="16" y="42" fill="#57606a">{escape(below)}; line: 95 % interval; red: the bar</text>',
-    ]
+    below += f"; commit {machine['commit'][:8]}; line: 95 % interval; red: the bar"
+    parts = []
     for mark in range(0, top + 1, max(1, top // 10)):
         parts.append(
             f'<path d="M{x(mark):.1f} {TOP - 8}V{height - 30}" stroke="{FAINT}"/>'
@@ -147,8 +155,7 @@ def chart(record: dict[str, Any], results: Sequence[Result]) -> str:
     for index, result in enumerate(shown):
         y = TOP + index * LINE
         parts.extend(_bar(result, y, x))
-    parts.append("</svg>")
-    return "\n".join(parts) + "\n"
+    return page(WIDTH, height, title, below, parts)
 
 
 def _bar_of(result: Result) -> float | None:

@@ -301,10 +301,10 @@ class EngineThread:
     def _serve(self, *, wait: bool = False) -> None:
         """Run the commands that are there; with `wait`, sleep until there is one."""
         try:
-            while True:
+            while wait or not self._commands.empty():
                 self._commands.get(block=wait)(self._engine)
                 wait = False
-        except Empty:
+        except Empty:  # at the end several threads may serve
             pass
 
     def _step(self, engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -12,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fastllm.engine_thread import Admission, EngineThread, Mailbox
-from fastllm.errors import FastLLMError
+from fastllm.errors import EngineDeadError, FastLLMError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
 from fastllm.outputs import RequestOutput
@@ -32,6 +33,7 @@ from fastllm.sampling_params import RequestOutputKind, SamplingParams
 if TYPE_CHECKING:
     from fastllm.engine.engine import Engine
     from fastllm.engine.hooks import EngineHook
+    from fastllm.engine.profile import Profile
     from fastllm.formats.tokenizer import Tokenizer
 
 _BAR_DELAY = 1.0  # seconds that a batch must take before a bar shows up unasked
@@ -302,6 +304,29 @@ class LLM:
     def max_model_len(self) -> int:
         """Most tokens of a sequence, prompt included."""
         return self._max_model_len
+
+    @contextlib.contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Measure where the time of the steps goes while the block runs, those of other threads' calls too.
+
+            with llm.profile() as profile:
+                llm.generate(prompts)
+            print(profile)
+
+        Returns:
+            The profile: seconds by part for prefill and decode steps, and a table as its text. It is complete
+            once the block is left.
+
+        Raises:
+            RequestError: another profile is being taken.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        profile = self._thread.call(lambda engine: engine.start_profile()).result()
+        try:
+            yield profile
+        finally:
+            with contextlib.suppress(EngineDeadError):
+                self._thread.call(lambda engine: engine.stop_profile()).result()
 
     def close(self) -> None:
         """End all requests and give the memory back. May be called again.

@@ -89,6 +89,23 @@ def test_generate_prints_the_text_and_its_speed(
     assert executor.num_closed == 1
 
 
+def test_profile_says_where_the_time_went(executor: HeldExecutor, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "abc", "--max-tokens", "9", "--profile"]) == 0
+    out, err = lines_of(capsys)
+    assert out == expected("abc", max_tokens=9) + "\n"
+    assert err[1].startswith("generated: 9 tokens")
+    assert [line.split() for line in err[2:5]] == [
+        ["prefill", "decode"],
+        ["1", "step", "8", "steps"],
+        ["3", "tokens", "8", "tokens"],
+    ]
+    assert [line.split()[0] for line in err[6:]] == [
+        *("executor", "scheduling", "Python", "between", "unaccounted", "step", "tokens/s"),
+    ]
+    assert main(["generate", "abc", "--max-tokens", "9", "--profile", "--quiet"]) == 0
+    assert len(lines_of(capsys)[1]) == len(err) - 2
+
+
 def test_the_options_of_sampling_reach_the_sampler(
     executor: HeldExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:

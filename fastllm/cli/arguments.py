@@ -60,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--echo", action="store_true", help="print the prompt before what follows it")
     command.add_argument("--quiet", action="store_true", help="say nothing about speed")
+    command.add_argument("--profile", action="store_true", help="say where the time of the steps went")
     _add_model(command)
     _add_sampling(command, max_tokens=128)
     command.set_defaults(command=generate.generate)

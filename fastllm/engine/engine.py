@@ -26,6 +26,7 @@ from fastllm.engine.completion import (
 )
 from fastllm.engine.hooks import EngineHook, HookTable, emit
 from fastllm.engine.interrupt import InterruptGuard
+from fastllm.engine.profile import Profile
 from fastllm.engine.request import Request
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids
@@ -103,7 +104,9 @@ class Engine:
         self._texts = TokenTexts(tokenizer)
         self._make_detokenizer = detokenizer_factory or incremental_detokenizer
         self._clock = clock
-        self._hooks = HookTable(hooks)
+        self._listeners = tuple(hooks)
+        self._hooks = HookTable(self._listeners)
+        self._profile: Profile | None = None
         self._guard = InterruptGuard()
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
@@ -262,6 +265,7 @@ class Engine:
             now = self._clock()
             self._deliver(moved, result, now)
             if self._hooks.step:
+                delivery = self._clock() - now
                 emit(
                     self._hooks.step,
                     events.Step(
@@ -274,6 +278,7 @@ class Engine:
                         scheduler.num_waiting,
                         scheduler.pool.num_free,
                         scheduler.pool.num_blocks,
+                        delivery,
                     ),
                 )
         except BaseException as error:  # tokens may be lost; going on would give wrong text
@@ -368,6 +373,28 @@ class Engine:
         for row in range(sequence.first_row, sequence.first_row + sequence.num_prompt_rows):
             token = request.prompt_token_ids[len(known)]
             known.append(row_logprobs(result, row, token, count, texts))
+
+    # ---- profile -----------------------------------------------------------------------------------------
+
+    def start_profile(self) -> Profile:
+        """Measure where the time of the steps goes, from the next one on. To be called between two steps.
+
+        Raises:
+            RequestError: there is a profile already.
+        """
+        if self._profile is not None:
+            raise RequestError("profile", "a second one", "one at a time")
+        self._profile = profile = Profile(self._executor, self._clock, len(self._requests))
+        self._executor = profile.executor
+        self._hooks = HookTable((profile, *self._listeners))
+        return profile
+
+    def stop_profile(self) -> None:
+        """End the measurement; without one, do nothing. To be called between two steps."""
+        if self._profile is not None:
+            self._executor = self._profile.executor.end()
+            self._hooks = HookTable(self._listeners)
+            self._profile = None
 
     # ---- state -------------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class Step:
     num_waiting: int
     num_free_blocks: int
     num_blocks: int
+    delivery: float  # seconds from having the tokens to having the outputs
 
 
 @dataclass(frozen=True, slots=True)

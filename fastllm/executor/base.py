@@ -6,7 +6,7 @@ The engine knows nothing else of CPU or GPU. All arrays are NumPy, C-contiguous,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -114,4 +114,18 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give the memory back. Called once or more; nothing else is called after it."""
+        ...
+
+
+@runtime_checkable
+class PhaseTimer(Protocol):
+    """What an executor has besides if it can tell where the time of its steps goes."""
+
+    def profile(self, on: bool) -> None:
+        """Start, from zero, or end the measurement of `phase_seconds`. Off at first."""
+        ...
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds that the phases of all steps took since `profile(True)`, by name, in order."""
         ...

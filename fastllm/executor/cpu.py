@@ -36,7 +36,7 @@ _QUANTIZATION_GROUP = 32
 
 
 class CpuExecutor:
-    """Runs one model on the CPU. Implements `fastllm.executor.base.Executor`.
+    """Runs one model on the CPU. Implements `fastllm.executor.base.Executor` and `PhaseTimer`.
 
     Args:
         checkpoint: what the weights are read from; it may be closed afterwards.
@@ -182,6 +182,16 @@ class CpuExecutor:
             top_logprobs=out["top_logprobs"],
         )
         return result, out["logits"]
+
+    def profile(self, on: bool) -> None:
+        """Starts, from zero, or ends the measurement of `phase_seconds`."""
+        self._decoder.profile(on)
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds that the phases of all steps took since `profile(True)`, by name, waits between threads
+        included."""
+        return self._decoder.phase_seconds
 
     def close(self) -> None:
         """Gives weights and KV cache back to the operating system."""

@@ -6,8 +6,8 @@ until the rest has come. Each token is looked at once, and the prompt not at all
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
+from encodings.utf_8 import IncrementalDecoder
 
 from fastllm.formats.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = IncrementalDecoder("replace")
         self._at_start = tokenizer.strips_space and not any(
             tokenizer.visible_bytes(prompt_token_ids, skip_special_tokens)
         )
@@ -42,6 +42,8 @@ class IncrementalDetokenizer:
         if self._at_start and data:
             self._at_start = False
             data = data.removeprefix(b" ")
+        if data.isascii() and not self._decoder.buffer:
+            return data.decode("ascii")  # what the decoder would say, in half the time
         return self._decoder.decode(data)
 
     def flush(self) -> str:

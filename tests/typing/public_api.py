@@ -26,6 +26,7 @@ from fastllm import (
     ops,
 )
 from fastllm.engine.block_pool import BlockPool
+from fastllm.engine.profile import Profile
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence as RunningSequence
 from fastllm.engine.step_batch import StepBatch
@@ -43,6 +44,12 @@ def generating(llm: LLM, params: SamplingParams) -> None:
     assert_type(llm.stream("text", params), Iterator[RequestOutput])
     with LLM("model.gguf", threads=2) as other:
         assert_type(other, LLM)
+
+
+def profiling(llm: LLM) -> None:
+    with llm.profile() as profile:
+        assert_type(profile, Profile)
+        assert_type(profile.decode.parts, dict[str, float])
 
 
 async def serving(llm: AsyncLLM, params: SamplingParams) -> None:
