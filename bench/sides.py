@@ -56,15 +56,18 @@ def compare(texts: Texts, reference: Side, sides: Mapping[str, Side], base: str 
 
     Both against the reference; with `base`, one of the sides, the change of perplexity from that one as well.
     """
-    tallies = {name: {text: fidelity.Tally() for text in (*texts, TOGETHER)} for name in sides}
+    tallies = {name: {text: fidelity.Tally() for text in texts} for name in sides}
     for text, cut in texts.items():
         for number, ids in enumerate(cut):
             expected = reference(ids)
             for name, side in sides.items():
-                found = side(ids)
-                tallies[name][text].add(ids, expected, found)
-                tallies[name][TOGETHER].add(ids, expected, found)
+                tallies[name][text].add(ids, expected, side(ids))
             print(f"{text}: window {number + 1}/{len(cut)}", file=sys.stderr)
+    for of in tallies.values():
+        together = fidelity.Tally()
+        for tally in of.values():
+            together.extend(tally)
+        of[TOGETHER] = together
     return {
         name: {text: _figures(tally, tallies[base][text] if base else None) for text, tally in of.items()}
         for name, of in tallies.items()

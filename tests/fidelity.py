@@ -283,6 +283,15 @@ class Tally:
             self._entropy.append(-(chances * p).sum(-1).numpy())
             self._divergence.append((chances * (p - q)).sum(-1).numpy())
 
+    def extend(self, other: Tally) -> None:
+        """All that was added to another one."""
+        self.expected += other.expected
+        self.found += other.found
+        self._entropy += other._entropy
+        self._divergence += other._divergence
+        self._same += other._same
+        self._squares += other._squares
+
     def divergence(self) -> Divergence:
         """Of everything added."""
         entropy, kl, same = map(np.concatenate, (self._entropy, self._divergence, self._same))
