@@ -4,20 +4,22 @@
     python bench/make_model.py OUT.gguf --dim 576 --layers 30 --heads 9 --kv-heads 3 --ffn 1536
     python bench/make_model.py OUT.gguf --type F16 --head-type F16       for llama-quantize, into K-quants
 
-Types that the gguf package quantizes to: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1. For all others write
-F16 and let llama-quantize make them; the values are the same, since a tensor's values depend on the seed
-and on its name alone.
+Types: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 by the gguf package, Q4_K, Q5_K and Q6_K by
+k_quants.py, less carefully than llama.cpp does. For these as llama.cpp makes them, and for all others, write
+F16 and let llama-quantize make them; the values are the same, since a tensor's values depend on the seed and
+on its name alone.
 
 The weights are normal with a standard deviation of 1/sqrt(inputs), times 1/sqrt(2 layers) where a block
 writes to the residual stream, and norms are near 1: activations keep the size that they have in trained
-models, logits have a deviation near 1. The tokenizer is the default model's or that of
---tokenizer, cut or filled up to --vocab. Tensors are made and written one by one; the memory is that of the
-largest one, twice.
+models, attention scores and logits have a deviation near 1, or --score-deviation and --logit-deviation. The
+tokenizer is the default model's or that of --tokenizer, cut or filled up to --vocab. Tensors are made and
+written one by one; the memory is that of the largest one, twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import k_quants
 import numpy as np
 import numpy.typing as npt
 
@@ -35,7 +38,12 @@ KINDS = ("embed", "q", "k", "v", "o", "gate", "up", "down", "head")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the decoder; the default is the "1B" shape."""
+    """Sizes of the decoder; the default is the "1B" shape.
+
+    Attributes:
+        score_deviation, logit_deviation: standard deviation of attention scores and logits, about. At 1 both
+            distributions are nearly flat; in trained models it is 2 to 4.
+    """
 
     dim: int = 2048
     layers: int = 16
@@ -47,17 +55,20 @@ class Shape:
     context: int = 32768
     tied: bool = True
     rope_base: float = 100000.0
+    score_deviation: float = 1.0
+    logit_deviation: float = 1.0
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """name in the file, kind (one of KINDS or "norm"), rows (0: a vector), columns, standard deviation."""
+    """name in the file, kind (one of KINDS or "norm"), rows (0: a vector), columns; deviation and mean."""
 
     name: str
     kind: str
     rows: int
     cols: int
     deviation: float
+    mean: float = 0.0
 
 
 def tensors(shape: Shape) -> Iterator[Tensor]:
@@ -67,9 +78,9 @@ def tensors(shape: Shape) -> Iterator[Tensor]:
     yield Tensor("token_embd.weight", "embed", shape.vocab, shape.dim, shape.dim**-0.5)
     for layer in range(shape.layers):
         prefix = f"blk.{layer}."
-        yield Tensor(prefix + "attn_norm.weight", "norm", 0, shape.dim, 0.02)
+        yield Tensor(prefix + "attn_norm.weight", "norm", 0, shape.dim, 0.02, 1.0)
         for name, kind, rows, cols, factor in (
-            ("attn_q", "q", q, shape.dim, 1.0),
+            ("attn_q", "q", q, shape.dim, shape.score_deviation),
             ("attn_k", "k", kv, shape.dim, 1.0),
             ("attn_v", "v", kv, shape.dim, 1.0),
             ("attn_output", "o", shape.dim, q, into_residual),
@@ -78,8 +89,9 @@ def tensors(shape: Shape) -> Iterator[Tensor]:
             ("ffn_down", "down", shape.dim, shape.ffn, into_residual),
         ):
             yield Tensor(f"{prefix}{name}.weight", kind, rows, cols, factor * cols**-0.5)
-        yield Tensor(prefix + "ffn_norm.weight", "norm", 0, shape.dim, 0.02)
-    yield Tensor("output_norm.weight", "norm", 0, shape.dim, 0.02)
+        yield Tensor(prefix + "ffn_norm.weight", "norm", 0, shape.dim, 0.02, 1.0)
+    gain = shape.logit_deviation
+    yield Tensor("output_norm.weight", "norm", 0, shape.dim, 0.02 * gain, gain)
     if not shape.tied:
         yield Tensor("output.weight", "head", shape.vocab, shape.dim, shape.dim**-0.5)
 
@@ -88,14 +100,17 @@ def make(tensor: Tensor, kind: gguf.GGMLQuantizationType, seed: int) -> npt.NDAr
     """The tensor's values in its type: floats (rows, cols) or (cols,), or the blocks' bytes."""
     stream = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
     if not tensor.rows:
-        return 1 + tensor.deviation * stream.standard_normal(tensor.cols, np.float32)
+        return tensor.mean + tensor.deviation * stream.standard_normal(tensor.cols, np.float32)
     parts = []
     step = max(CHUNK // tensor.cols, 1)
     for first in range(0, tensor.rows, step):
         count = min(step, tensor.rows - first)
         values = stream.standard_normal((count, tensor.cols), np.float32)
         values *= np.float32(tensor.deviation)
-        parts.append(gguf.quants.quantize(values, kind))
+        if kind.name in k_quants.TYPES:
+            parts.append(k_quants.quantize(values, kind.name))
+        else:
+            parts.append(gguf.quants.quantize(values, kind))
     return np.concatenate(parts)
 
 
@@ -139,8 +154,10 @@ def _joins(pair: str, known: set[str]) -> bool:
 # -- the file ------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, shape: Shape, types: Mapping[str, str], seed: int, tokenizer: Path, name: str) -> None:
-    """One GGUF file; it takes its name only once it is complete."""
+def write(
+    path: Path, shape: Shape, types: Mapping[str, str], seed: int, tokenizer: Path | None, name: str
+) -> None:
+    """One GGUF file, with the tokenizer of another one or none. It takes its name once it is complete."""
     partial = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(partial, "llama")
     writer.add_name(name)
@@ -157,7 +174,8 @@ def write(path: Path, shape: Shape, types: Mapping[str, str], seed: int, tokeniz
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_layer_norm_rms_eps(1e-5)
-    for key, (value, value_type, element) in tokenizer_fields(tokenizer, shape.vocab).items():
+    metadata = tokenizer_fields(tokenizer, shape.vocab) if tokenizer else {}
+    for key, (value, value_type, element) in metadata.items():
         is_array = value_type is gguf.GGUFValueType.ARRAY
         writer.add_key_value(key, value, value_type, element if is_array else None)
 
@@ -185,7 +203,9 @@ def main() -> None:
     for name in ("dim", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context"):
         default = getattr(Shape, name)
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"({default})")
-    parser.add_argument("--rope-base", type=float, default=Shape.rope_base)
+    for name in ("rope_base", "score_deviation", "logit_deviation"):
+        default = getattr(Shape, name)
+        parser.add_argument("--" + name.replace("_", "-"), type=float, default=default, help=f"({default:g})")
     parser.add_argument("--untied", action="store_true", help="a head of its own, not the embedding")
     parser.add_argument("--type", default="Q4_0", help="of all matrices but the next two (Q4_0)")
     parser.add_argument("--head-type", default="Q8_0", help="of the head and of a tied embedding (Q8_0)")
@@ -202,7 +222,7 @@ def main() -> None:
 
     from fastllm.formats.source import DEFAULT_MODEL, resolve
 
-    sizes = ("dim", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context", "rope_base")
+    sizes = {field.name for field in dataclasses.fields(Shape)} - {"tied"}
     shape = Shape(**{name: getattr(options, name) for name in sizes}, tied=not options.untied)
     types = dict.fromkeys(KINDS, options.type)
     types["head"] = types["embed"] = options.head_type

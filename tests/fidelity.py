@@ -21,8 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from step_batches import step_batch, whole
 
 from fastllm import LLM, SamplingParams
+from fastllm.executor.cpu import CpuExecutor
 
 Float64: TypeAlias = npt.NDArray[np.float64]
 
@@ -80,6 +82,7 @@ class Reference:
             "num_hidden_layers": value("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
+            "head_dim": tensors["blk.0.attn_q.weight"].shape[0] // heads,
             "intermediate_size": value("feed_forward_length"),
             "max_position_embeddings": value("context_length"),
             "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
@@ -219,8 +222,103 @@ def perplexity(reference: Sequence[Float64], measured: Sequence[Float64]) -> Per
         reference=float(np.exp(-a.mean())),
         measured=float(np.exp(-b.mean())),
         change=change,
-        error=float(difference.std() / np.sqrt(len(a))) * (1 + change),
+        error=_standard_error(difference) * (1 + change),
     )
+
+
+# -- distributions -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far one side's distributions are from another's. Errors are standard errors over positions.
+
+    Attributes:
+        positions: how many distributions were compared.
+        entropy: mean entropy of the reference's distributions, nats.
+        kl_mean, kl_error: Kullback-Leibler divergence from the reference, nats, and its standard error.
+        kl_99th_percentile, kl_max: the same of single positions.
+        same_top_token, same_top_token_error: share of positions with the same most likely token.
+        logit_error: root mean square of the logits' differences over that of the reference's logits.
+    """
+
+    positions: int
+    entropy: float
+    kl_mean: float
+    kl_error: float
+    kl_99th_percentile: float
+    kl_max: float
+    same_top_token: float
+    same_top_token_error: float
+    logit_error: float
+
+
+class Tally:
+    """Two sides' logits, position by position.
+
+    Attributes:
+        expected, found: both sides' log probabilities of the tokens that came, for `perplexity`.
+    """
+
+    def __init__(self) -> None:
+        self.expected: list[Float64] = []
+        self.found: list[Float64] = []
+        self._entropy: list[Float64] = []
+        self._divergence: list[Float64] = []
+        self._same: list[Float64] = []
+        self._squares = np.zeros(2)  # of the differences and of the reference
+
+    def add(self, ids: Sequence[int], expected: torch.Tensor, found: torch.Tensor) -> None:
+        """One window's logits (T, V) of both sides."""
+        for first in range(0, len(ids) - 1, 128):  # float64 for a few rows at a time
+            rows = slice(first, min(first + 128, len(ids) - 1))
+            targets = torch.tensor(list(ids[rows.start + 1 : rows.stop + 1]))[:, None]
+            a, b = expected[rows].double(), found[rows].double()
+            self._squares += ((b - a).square().sum().item(), a.square().sum().item())
+            p, q = a.log_softmax(-1), b.log_softmax(-1)
+            self.expected.append(p.gather(-1, targets)[:, 0].numpy())
+            self.found.append(q.gather(-1, targets)[:, 0].numpy())
+            self._same.append((p.argmax(-1) == q.argmax(-1)).double().numpy())
+            chances = p.exp()
+            self._entropy.append(-(chances * p).sum(-1).numpy())
+            self._divergence.append((chances * (p - q)).sum(-1).numpy())
+
+    def extend(self, other: Tally) -> None:
+        """All that was added to another one."""
+        self.expected += other.expected
+        self.found += other.found
+        self._entropy += other._entropy
+        self._divergence += other._divergence
+        self._same += other._same
+        self._squares += other._squares
+
+    def divergence(self) -> Divergence:
+        """Of everything added."""
+        entropy, kl, same = map(np.concatenate, (self._entropy, self._divergence, self._same))
+        assert np.isfinite(kl).all()
+        return Divergence(
+            positions=len(kl),
+            entropy=float(entropy.mean()),
+            kl_mean=float(kl.mean()),
+            kl_error=_standard_error(kl),
+            kl_99th_percentile=float(np.quantile(kl, 0.99)),
+            kl_max=float(kl.max()),
+            same_top_token=float(same.mean()),
+            same_top_token_error=_standard_error(same),
+            logit_error=float(np.sqrt(self._squares[0] / self._squares[1])),
+        )
+
+
+def executor_logits(executor: CpuExecutor, ids: Sequence[int]) -> torch.Tensor:
+    """What `Reference.logits` gives for one sequence, from the executor by itself, in one step."""
+    blocks = range(-(-len(ids) // executor.block_size))
+    logits = executor.run(step_batch([whole(ids, blocks)], executor.block_size), logits=True)[1]
+    assert logits is not None
+    return torch.from_numpy(logits.copy())
+
+
+def _standard_error(values: Float64) -> float:
+    return float(values.std() / np.sqrt(len(values)))
 
 
 # -- greedy continuations ------------------------------------------------------------------------------------
