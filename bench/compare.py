@@ -13,7 +13,7 @@ pace meets all of them. A peer's settings are all tried in the first rounds; the
 machine's limits are measured before each row. Rows: bench/rows.py. Models: bench/models.py.
 
 Writes OUT.json (everything measured, after every round), OUT.md (the table) and OUT.svg (the chart). With
---append the record grows; it must be of the same commit, files, versions and settings. Run it on a machine
+--append the record grows; it must be of the same sources, files, versions and settings. Run it on a machine
 that does nothing else: the record says how busy it was.
 """
 
@@ -84,7 +84,7 @@ def begin(options: argparse.Namespace, chosen: dict[str, dict[str, Any]]) -> dic
         _same(name, record[name], getattr(options, name))
     if record["parts"]:
         before = record["parts"][0]["machine"]
-        for name in ("commit", "processor", "processors"):
+        for name in ("source", "processor", "processors"):
             _same(name, before[name], about[name])
     for name, version in chosen.items():
         _same(f"version of {name}", record["peers"].setdefault(name, version), version)

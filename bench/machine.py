@@ -22,13 +22,14 @@ def _shown(argument: str) -> str:
 
 
 def describe(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Command, date, commit, processor, memory, instruction set and versions of the given packages."""
+    """Command, date, commit, source, processor, memory, instruction set and versions of the given packages."""
     from fastllm import _core
 
     return {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *map(_shown, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
+        "source": source(),
         "processor": _processor(),
         "processors": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -47,6 +48,14 @@ def commit() -> str:
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def source() -> str:
+    """One SHA-256 for all files that fastllm is built and run from, whatever else a commit changed."""
+    digest = hashlib.sha256()
+    for name in _git("ls-files", "CMakeLists.txt", "pyproject.toml", "csrc", "fastllm").splitlines():
+        digest.update(name.encode() + b"\0" + hashlib.sha256((ROOT / name).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def file_facts(path: Path) -> dict[str, Any]:

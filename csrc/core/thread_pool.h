@@ -62,6 +62,19 @@ class Team {
   // Returns when all threads have called it.
   void barrier();
 
+  // Calls f(i) for every i of [0, n) once, on some thread; thread t begins with t.
+  template <typename F>
+  void for_each_from_own(int thread, std::int64_t n, F&& f) {
+    std::atomic<std::int64_t>& next = counters_[phase_of_this_thread()].value;
+    if (thread < n) f(thread);
+    for (;;) {
+      const std::int64_t i = threads_ + next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= n) break;
+      f(i);
+    }
+    barrier();
+  }
+
   // Calls f(begin, end) for chunks that cover [0, n), each on some thread; every thread of the team calls
   // this with the same arguments. Returns when all chunks are done on all threads.
   template <typename F>

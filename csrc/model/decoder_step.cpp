@@ -16,13 +16,13 @@ constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this 
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// How a product's panels are handed out: to every thread a long stretch first, since each stretch begins with
-// a wait for memory, then short ones that even out a slow neighbour. All but the last are whole pairs, which
-// the kernels compute together.
+// How a product's panels are handed out: to every thread a long stretch of its own first, which its cache may
+// still hold from the step before and which begins with a wait for memory once, then short ones that even out
+// a slow neighbour. All but the last are whole pairs, which the kernels compute together.
 class Stretches {
  public:
   Stretches(std::int64_t panels, int threads)
-      : panels_(panels), threads_(threads), long_(panels * 3 / 4 / threads / 2 * 2) {
+      : panels_(panels), threads_(threads), long_(panels * 9 / 10 / threads / 2 * 2) {
     rest_ = panels - long_ * threads_;
     short_ = 2 * std::max<std::int64_t>(1, ceil_div(rest_, threads_ * 4));
   }
@@ -216,7 +216,7 @@ void Decoder::multiply(Team& team, int thread, const float* x, std::int64_t ldx,
   const QuantizedRows q = quantized(products[0].w->cols);
   void* scratch = thread_state_[static_cast<std::size_t>(thread)].scratch.as<void>();
   const Stretches stretches(panels, team.size());
-  team.for_each(stretches.count(), 1, [&](std::int64_t stretch, std::int64_t) {
+  team.for_each_from_own(thread, stretches.count(), [&](std::int64_t stretch) {
     const std::int64_t begin = stretches.begin(stretch), end = stretches.begin(stretch + 1);
     std::int64_t first = 0;
     for (int i = 0; i < count; ++i) {

@@ -48,10 +48,17 @@ void work_is_done_once_and_in_order(int threads) {
       for (std::int64_t phase = 0; phase < phases; ++phase) {
         std::vector<std::int64_t>& from = phase % 2 == 0 ? now : next;
         std::vector<std::int64_t>& to = phase % 2 == 0 ? next : now;
+        const auto move = [&](std::int64_t i) {
+          CHECK(0 <= i && i < n);
+          to[static_cast<std::size_t>(i)] = from[static_cast<std::size_t>(n - 1 - i)] + 1;
+        };
+        if ((phase + chunk) % 3 == 0) {
+          team.for_each_from_own(thread, n, move);
+          continue;
+        }
         team.for_each(n, chunk, [&](std::int64_t begin, std::int64_t end) {
           CHECK(begin < end && end <= n && end - begin <= chunk);
-          for (std::int64_t i = begin; i < end; ++i)
-            to[static_cast<std::size_t>(i)] = from[static_cast<std::size_t>(n - 1 - i)] + 1;
+          for (std::int64_t i = begin; i < end; ++i) move(i);
         });
       }
       if (thread == 0 && n > 0) calls[0] += static_cast<int>((phases % 2 == 0 ? now : next)[0] - phases);
