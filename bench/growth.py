@@ -1,7 +1,7 @@
 """How the cost of decoding grows: with the batch, the context, the threads and the size of the model.
 
     python bench/growth.py --quick                     a look, into build/bench/growth-quick
-    python bench/growth.py                             everything, about ten minutes on two cores
+    python bench/growth.py                             everything, a quarter of an hour on two cores at most
     python bench/growth.py --axes batch,context        these alone
     python bench/growth.py --model smollm2-q4_1        the batch, context and threads of another model
     python bench/growth.py --report                    the tables and charts anew
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES), help="models of the size axis, commas between")
     parser.add_argument("--most-batch", type=int, default=128, help="sequences at once (128)")
     parser.add_argument("--most-context", type=int, default=32768, help="tokens of context (32768)")
-    parser.add_argument("--rounds", type=int, default=5, help="(5)")
+    parser.add_argument("--rounds", type=int, default=3, help="(3)")
     parser.add_argument("--steps", type=int, default=32, help="decode steps in a round (32)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="at most (all)")
     parser.add_argument("--out", type=Path, default=OUT, help="without suffix")

@@ -12,7 +12,7 @@ had: what that alone costs. The reference, and what it is checked against: tests
 tests/test_quality.py.
 
 Writes the record to --json and the tables beside it, as .md. The figures do not depend on the machine's
-speed. Half an hour on 2 cores, 4 GiB.
+speed. A quarter of an hour on 2 idle cores, 4 GiB.
 """
 
 from __future__ import annotations
