@@ -22,7 +22,7 @@ def _shown(argument: str) -> str:
 
 
 def describe(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Command, date, commit, source, processor, memory, instruction set and versions of the given packages."""
+    """Command, date, commit, source, processor, memory, instruction set and versions of the packages."""
     from fastllm import _core
 
     return {
