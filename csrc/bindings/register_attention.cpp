@@ -13,6 +13,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/register.h"
+#include "core/math.h"
 #include "core/memory.h"
 #include "dispatch.h"
 #include "kernels/attention.h"
@@ -52,7 +53,8 @@ class KvCache {
     check_size("KvCache: kv_heads", kv_heads, 1, 1024, 1);
     check_size("KvCache: head_dim", head_dim, 16, 256, 16);
     check_size("KvCache: block_size", block_size, 16, kKvTile, 16);
-    const std::int64_t tokens = blocks * kv_heads * block_size;  // at most 2^40
+    const std::int64_t groups = ceil_div(blocks, kBlocksTogether);
+    const std::int64_t tokens = groups * kv_group_stride(1, kv_heads) * block_size;  // at most 2^40
     const auto bytes = static_cast<std::size_t>(tokens * head_dim * kv_value_bytes(type_));
     k_ = AlignedBuffer(bytes);
     v_ = AlignedBuffer(bytes);
@@ -64,7 +66,7 @@ class KvCache {
              v_.as<void>(),
              k_scale_.as<float>(),
              v_scale_.as<float>(),
-             blocks,
+             kv_group_stride(1, kv_heads),
              static_cast<std::int32_t>(kv_heads),
              static_cast<std::int32_t>(head_dim),
              static_cast<std::int32_t>(block_size),

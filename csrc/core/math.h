@@ -7,6 +7,8 @@
 
 namespace fastllm {
 
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 // Each is less than one unit in the last place off, also where the result is subnormal.
 double exp_double(double x);                             // 0 below -745.2, infinite above 709.8
 double log_double(double x);                             // x > 0; -infinity for 0, NaN below

@@ -47,7 +47,7 @@ void wait_change(std::atomic<std::uint32_t>& value, std::uint32_t old, int spin_
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
-constexpr int kSpinBetweenRuns = 50;
+constexpr int kSpinBetweenRuns = 500;  // longer than a step's scheduling and outputs: waking takes 50 us
 constexpr int kSpinAtBarrier = 200;
 
 // The number in the first line of a file such as cpu.cfs_quota_us, or `otherwise`.

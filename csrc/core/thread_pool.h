@@ -1,7 +1,7 @@
 // A team of threads that runs one function together, with barriers inside it.
 //
 //            run()                 all returned
-//   ASLEEP ─────────► RUNNING ─────────────────► SPINNING ──(about 50 us without work)──► ASLEEP
+//   ASLEEP ─────────► RUNNING ─────────────────► SPINNING ──(about 500 us without work)─► ASLEEP
 //                        ▲                          │
 //                        └────────── run() ─────────┘
 //

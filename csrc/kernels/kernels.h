@@ -81,8 +81,9 @@ static inline int64_t kv_value_bytes(KvType type) {
 static inline bool kv_has_scales(KvType type) { return type == KvType::i16 || type == KvType::i8; }
 
 // One layer of the paged KV cache. A block holds block_size positions (a multiple of 16, at most 64). Of each
-// kBlocksTogether blocks a head's stand together, see kv_block(): where a sequence has neighbouring blocks,
-// reading one head of them is a stream of some pages, and memory is taken page by page as blocks are used.
+// kBlocksTogether blocks, a group, a head's stand together, see kv_block(): where a sequence has neighbouring
+// blocks, reading one head of them is a stream of some pages. All layers' blocks of a group stand before
+// those of the next, so that memory is taken as blocks are used.
 //   k  (kv_block, block_size/16, head_dim, 16): position innermost, so that 16 scores are one vector
 //   v  (kv_block, block_size, head_dim)
 // The integer types have scales and words of four bytes for the integer dot products, two i16 or four i8
@@ -97,19 +98,21 @@ struct KvView {
   void* v;
   float* k_scale;
   float* v_scale;
-  int64_t blocks;
+  int64_t group_stride;  // from one group of blocks to the next, in blocks of one head
   int32_t kv_heads;
   int32_t head_dim;  // a multiple of 16 up to kHeadDimMax
   int32_t block_size;
   KvType type;
 };
 
-// Where block `block` of head `head` stands among the blocks of all heads.
+// Where block `block` of head `head` stands, in blocks of one head.
 constexpr int64_t kBlocksTogether = 16;
 static inline int64_t kv_block(const KvView* kv, int64_t head, int64_t block) {
-  const int64_t first = block / kBlocksTogether * kBlocksTogether, left = kv->blocks - first;
-  const int64_t together = left < kBlocksTogether ? left : kBlocksTogether;
-  return first * kv->kv_heads + head * together + (block - first);
+  return block / kBlocksTogether * kv->group_stride + head * kBlocksTogether + block % kBlocksTogether;
+}
+// From one group to the next, where `planes` of K and V stand side by side.
+static inline int64_t kv_group_stride(int64_t planes, int64_t kv_heads) {
+  return planes * kv_heads * kBlocksTogether;
 }
 
 // What attention computes for a run of queries of one sequence that share a KV head.

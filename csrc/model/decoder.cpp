@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "core/math.h"
 #include "dispatch.h"
 
 namespace fastllm {
@@ -160,8 +161,8 @@ void Decoder::close() {
 }
 
 // ---- the KV cache ----------------------------------------------------------------------------------------
-// One mapping: per layer K, then V, then for the integer types their scales; each (blocks, ...) as KvView
-// says.
+// One buffer: for every group of blocks, K and V of layer after layer, as KvView says; then in the same
+// order, for the integer types, their scales.
 
 std::size_t Decoder::kv_bytes_per_block(const DecoderConfig& config, std::int32_t block_size, KvType type) {
   const auto positions = static_cast<std::size_t>(config.num_layers * config.num_kv_heads * block_size);
@@ -173,26 +174,29 @@ std::size_t Decoder::kv_bytes_per_block(const DecoderConfig& config, std::int32_
 void Decoder::allocate_kv(std::int64_t blocks, std::int32_t block_size, KvType type) {
   kv_ = AlignedBuffer();
   kv_blocks_ = 0;
-  kv_ = AlignedBuffer(static_cast<std::size_t>(blocks) * kv_bytes_per_block(config_, block_size, type));
+  // Whole groups; what is never used is never touched.
+  const std::int64_t whole = ceil_div(blocks, kBlocksTogether) * kBlocksTogether;
+  kv_ = AlignedBuffer(static_cast<std::size_t>(whole) * kv_bytes_per_block(config_, block_size, type));
   kv_blocks_ = blocks;
   block_size_ = block_size;
   kv_type_ = type;
 }
 
 KvView Decoder::kv_view(std::int64_t layer) {
-  const auto positions = static_cast<std::size_t>(kv_blocks_ * config_.num_kv_heads * block_size_);
-  const auto values = positions * static_cast<std::size_t>(config_.head_dim * kv_value_bytes(kv_type_));
-  const std::size_t scales = kv_has_scales(kv_type_) ? positions * sizeof(float) : 0;
-  std::uint8_t* base = kv_.as<std::uint8_t>() + static_cast<std::size_t>(layer) * 2 * (values + scales);
+  const std::int64_t heads = config_.num_kv_heads, plane = kv_group_stride(1, heads);
+  const std::int64_t block = block_size_ * config_.head_dim * kv_value_bytes(kv_type_);  // bytes of a head's
+  std::uint8_t* values = kv_.as<std::uint8_t>();
   KvView view{};
-  view.k = base;
-  view.v = base + values;
-  if (scales != 0) {
-    view.k_scale = reinterpret_cast<float*>(base + 2 * values);
-    view.v_scale = reinterpret_cast<float*>(base + 2 * values + scales);
+  view.group_stride = kv_group_stride(2 * config_.num_layers, heads);
+  view.k = values + 2 * layer * plane * block;
+  view.v = values + (2 * layer + 1) * plane * block;
+  if (kv_has_scales(kv_type_)) {
+    const std::int64_t groups = ceil_div(kv_blocks_, kBlocksTogether);
+    auto* scales = reinterpret_cast<float*>(values + groups * view.group_stride * block);
+    view.k_scale = scales + 2 * layer * plane * block_size_;
+    view.v_scale = scales + (2 * layer + 1) * plane * block_size_;
   }
-  view.blocks = kv_blocks_;
-  view.kv_heads = static_cast<std::int32_t>(config_.num_kv_heads);
+  view.kv_heads = static_cast<std::int32_t>(heads);
   view.head_dim = static_cast<std::int32_t>(config_.head_dim);
   view.block_size = block_size_;
   view.type = kv_type_;

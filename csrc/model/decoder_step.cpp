@@ -14,8 +14,6 @@ constexpr std::int64_t kRowsAtOnce = 32;          // rows of logits in memory at
 constexpr std::int32_t kQueriesPerItem = 16;      // queries that one attention item folds together
 constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this stays with one thread
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // How a product's panels are handed out: to every thread a long stretch of its own first, which its cache may
 // still hold from the step before and which begins with a wait for memory once, then short ones that even out
 // a slow neighbour. All but the last are whole pairs, which the kernels compute together.
