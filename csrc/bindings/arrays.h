@@ -14,8 +14,10 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <map>
+#include <stdexcept>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "bindings/errors.h"
 
@@ -33,15 +35,24 @@ constexpr const char* dtype_name() {
 
 class Shapes {
  public:
-  explicit Shapes(std::string call) : call_(std::move(call)) {}
+  explicit Shapes(std::string call) : call_(std::move(call)) { sizes_.reserve(16); }
 
-  // Fixes a named size beforehand.
-  Shapes& let(const std::string& name, std::int64_t size) {
-    sizes_[name] = size;
+  // Fixes a named size beforehand. Names are literals: they are not copied.
+  Shapes& let(std::string_view name, std::int64_t size) {
+    for (Size& known : sizes_) {
+      if (known.name != name) continue;
+      known.value = size;
+      return *this;
+    }
+    sizes_.push_back({name, size});
     return *this;
   }
 
-  std::int64_t operator[](const std::string& name) const { return sizes_.at(name); }
+  std::int64_t operator[](std::string_view name) const {
+    const std::int64_t* size = find(name);
+    if (size == nullptr) throw std::out_of_range("no size of that name");
+    return *size;
+  }
 
   // A C-contiguous array of T with the given named sizes; a name seen first takes the array's size.
   template <typename T>
@@ -54,14 +65,18 @@ class Shapes {
       fail(argument, describe(array), expected<T>(names));
     if (!contiguous || array.ndim() != static_cast<py::ssize_t>(names.size()))
       fail(argument, describe(array), expected<T>(names));
-    std::map<std::string, std::int64_t> bound = sizes_;
+    const std::size_t before = sizes_.size();
     py::ssize_t axis = 0;
     for (const char* name : names) {
       const auto size = static_cast<std::int64_t>(array.shape(axis++));
-      const auto [place, fresh] = bound.emplace(name, size);
-      if (!fresh && place->second != size) fail(argument, describe(array), expected<T>(names));
+      const std::int64_t* known = find(name);
+      if (known == nullptr) {
+        sizes_.push_back({name, size});
+      } else if (*known != size) {
+        sizes_.resize(before);  // the message tells what other arrays said
+        fail(argument, describe(array), expected<T>(names));
+      }
     }
-    sizes_ = std::move(bound);
     return static_cast<const T*>(array.data());
   }
 
@@ -88,14 +103,24 @@ class Shapes {
       if (!first) text += ", ";
       first = false;
       text += name;
-      const auto known = sizes_.find(name);
-      if (known != sizes_.end()) text += "=" + std::to_string(known->second);
+      if (const std::int64_t* known = find(name)) text += "=" + std::to_string(*known);
     }
     return text + ")";
   }
 
+  struct Size {
+    std::string_view name;
+    std::int64_t value;
+  };
+
+  const std::int64_t* find(std::string_view name) const {
+    for (const Size& size : sizes_)
+      if (size.name == name) return &size.value;
+    return nullptr;
+  }
+
   std::string call_;
-  std::map<std::string, std::int64_t> sizes_;
+  std::vector<Size> sizes_;  // a dozen at most: looking through them is quicker than a map
 };
 
 }  // namespace fastllm

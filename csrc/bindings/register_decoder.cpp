@@ -92,7 +92,7 @@ KvType kv_type(const std::string& name) {
   if (name == "bf16") return KvType::bf16;
   if (name == "int16") return KvType::i16;
   if (name == "int8") return KvType::i8;
-  throw ArgumentError("kv_cache_dtype", name, "fp32, fp16, bf16 or int8");
+  throw ArgumentError("kv_cache_dtype", name, "int16, int8, fp16, bf16 or fp32");
 }
 
 void check_block_size(std::int32_t block_size) {
@@ -107,15 +107,6 @@ void check_range(const Shapes& shapes, const char* name, const std::int32_t* val
     if (values[i] < low || values[i] >= high)
       shapes.fail(name, std::to_string(values[i]) + " at index " + std::to_string(i),
                   "values in [" + std::to_string(low) + ", " + std::to_string(high) + ")");
-}
-
-// CSR offsets: from 0, ascending, ending at the number of entries.
-void check_offsets(const Shapes& shapes, const char* name, const std::int32_t* start, std::int64_t rows,
-                   std::int64_t entries) {
-  bool right = start[0] == 0 && start[rows] == entries;
-  for (std::int64_t r = 0; r < rows; ++r) right = right && start[r] <= start[r + 1];
-  if (!right)
-    shapes.fail(name, "offsets that do not", "ascending offsets from 0 to " + std::to_string(entries));
 }
 
 class DecoderHandle {

@@ -9,7 +9,7 @@ namespace py = pybind11;
 
 template <typename T, typename Accepts>
 void check_each(const Shapes& shapes, const char* name, const T* values, std::int64_t n, Accepts accepts,
-                const std::string& wanted) {
+                const char* wanted) {
   for (std::int64_t i = 0; i < n; ++i) {
     if (!accepts(values[i]))
       shapes.fail(name, std::to_string(values[i]) + " at index " + std::to_string(i), wanted);
@@ -18,12 +18,15 @@ void check_each(const Shapes& shapes, const char* name, const T* values, std::in
 
 void check_range(const Shapes& shapes, const char* name, const std::int32_t* values, std::int64_t n,
                  std::int64_t low, std::int64_t high) {
-  check_each(
-      shapes, name, values, n, [&](std::int32_t v) { return v >= low && v <= high; },
-      "values from " + std::to_string(low) + " to " + std::to_string(high));
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (values[i] < low || values[i] > high)
+      shapes.fail(name, std::to_string(values[i]) + " at index " + std::to_string(i),
+                  "values from " + std::to_string(low) + " to " + std::to_string(high));
+  }
 }
 
-// Offsets of rows into `entries` entries.
+}  // namespace
+
 void check_offsets(const Shapes& shapes, const char* name, const std::int32_t* start, std::int64_t rows,
                    std::int64_t entries) {
   bool right = start[0] == 0 && start[rows] == entries;
@@ -31,8 +34,6 @@ void check_offsets(const Shapes& shapes, const char* name, const std::int32_t* s
   if (!right)
     shapes.fail(name, "offsets that do not", "ascending offsets from 0 to " + std::to_string(entries));
 }
-
-}  // namespace
 
 SampleArrays read_sample_arrays(Shapes& shapes, const py::handle& batch, std::int64_t vocab,
                                 std::int32_t max_logprobs) {

@@ -14,4 +14,8 @@ namespace fastllm {
 SampleArrays read_sample_arrays(Shapes& shapes, const pybind11::handle& batch, std::int64_t vocab,
                                 std::int32_t max_logprobs);
 
+// CSR offsets: from 0, ascending, ending at the number of entries. Raises RequestError.
+void check_offsets(const Shapes& shapes, const char* name, const std::int32_t* start, std::int64_t rows,
+                   std::int64_t entries);
+
 }  // namespace fastllm
