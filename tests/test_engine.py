@@ -401,6 +401,35 @@ def test_abort_gives_a_last_output_and_all_blocks_back(kind: RequestOutputKind, 
     for index in range(n):
         alone = expected_tokens([2] * 6, params, 26, index=index, seed=1)[0]
         assert tokens[index] == alone[: len(tokens[index])]
+    # Whatever the kind, the same work was done and is told.
+    moved = make(max_num_batched_tokens=4, max_num_seqs=2)
+    moved.add_request("a", [2] * 6, SamplingParams(n=n, max_tokens=20, ignore_eos=True, seed=1))
+    moved.add_request("other", [3], SamplingParams(max_tokens=9, ignore_eos=True))
+    for _ in range(steps):
+        moved.step()
+    assert sum(map(len, tokens)) == sum(
+        item.num_output for item in moved.scheduler.running if item.request_id == "a"
+    )
+    metrics = last.metrics
+    assert metrics.num_generated_tokens == sum(map(len, tokens))
+    assert (metrics.last_token_time is None) == (metrics.num_generated_tokens == 0)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_outputs_made_at_the_end_are_those_made_on_the_way(n: int) -> None:
+    """Text, ids, counts and times; a hook that wants every step's tokens gets them all the same."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    for kind in (CUMULATIVE, FINAL):
+        for hooks in ((), (Recorder(),)):
+            engine = make(hooks=hooks)
+            params = SamplingParams(n=n, max_tokens=30, output_kind=kind, seed=4, temperature=1.3)
+            engine.add_request("a", [2, 3, 4], params)
+            last = final(engine)
+            texts = [(item.text, item.token_ids, item.finish_reason) for item in last.outputs]
+            seen[f"{kind} {len(hooks)}"] = (texts, last.metrics.num_generated_tokens)
+            assert last.metrics.num_generated_tokens == sum(len(item.token_ids) for item in last.outputs)
+            assert last.metrics.last_token_time == last.metrics.finished_time
+    assert len({repr(value) for value in seen.values()}) == 1, seen
 
 
 def test_abort_of_a_request_some_of_whose_sequences_have_ended() -> None:

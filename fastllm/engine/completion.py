@@ -14,7 +14,7 @@ from fastllm.engine.sequence import Sequence
 from fastllm.engine.stop import StopMatcher, StopStrings
 from fastllm.executor.base import StepResult
 from fastllm.outputs import CompletionOutput, Logprob, SampleLogprobs
-from fastllm.sampling_params import SamplingParams
+from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 
 class Tokenizer(Protocol):
@@ -98,6 +98,9 @@ class Completion:
         detokenizer: makes the text; None leaves it empty.
         stops: the request's stop strings; None = none.
         texts: decodes single tokens for logprobs; None leaves `decoded_token` out.
+
+    Attributes:
+        deferred: nothing of it is looked at before its end, so that its tokens may be taken in all at once then.
     """
 
     __slots__ = (
@@ -113,6 +116,7 @@ class Completion:
         "_text",
         "_texts",
         "_token_ids",
+        "deferred",
         "finish_reason",
         "moved",
         "sequence",
@@ -139,6 +143,8 @@ class Completion:
         self._text = ""
         self._token_ids: list[int] = []
         self._count = -1 if params.logprobs is None else params.logprobs
+        final = params.output_kind is RequestOutputKind.FINAL_ONLY
+        self.deferred = final and stops is None and params.logprobs is None
         self._logprobs: SampleLogprobs = []
         self._cumulative = 0.0
         self._sent_tokens = 0
@@ -150,7 +156,7 @@ class Completion:
         return len(self._token_ids)
 
     def advance(self, result: StepResult) -> str | None:
-        """Take in what the last step brought for the sequence.
+        """Take in what the last step brought for the sequence, after what earlier steps did if it is deferred.
 
         Returns:
             The stop string that is complete now, or None. The text then ends with it; tokens after the one
@@ -158,6 +164,8 @@ class Completion:
         """
         sequence = self.sequence
         row = sequence.first_row + sequence.num_prompt_rows
+        if sequence.num_output - len(self._token_ids) != sequence.num_new:
+            self._catch_up(sequence.num_output - sequence.num_new)
         new = sequence.new_token_ids
         left = len(new)
         self.moved = True
@@ -174,6 +182,12 @@ class Completion:
             if stop is not None:
                 return stop
         return None
+
+    def _catch_up(self, count: int) -> None:
+        """Take in the first `count` tokens of the sequence, as far as that has not been done."""
+        for token in self.sequence.output_token_ids[len(self._token_ids) : count]:
+            self._token_ids.append(token)
+            self._advance_text(token, False, False)
 
     def _advance_text(self, token: int, ends: bool, is_stop_token: bool) -> str | None:
         """The text of one more token, which is the last if `ends`. Returns the stop string found, or None."""
@@ -211,6 +225,8 @@ class Completion:
 
     def cut(self, finish_reason: str) -> None:
         """Ended from outside ("abort"), or unable to go on ("error"): the text so far is what there is."""
+        if self.deferred:
+            self._catch_up(self.sequence.num_output)
         if self._detokenizer is not None:
             self._close_text()
         self.moved = True

@@ -107,6 +107,7 @@ class Engine:
         self._listeners = tuple(hooks)
         self._hooks = HookTable(self._listeners)
         self._profile: Profile | None = None
+        self._delivered = 0.0  # when the newest tokens were known
         self._guard = InterruptGuard()
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
@@ -208,7 +209,11 @@ class Engine:
         for completion in request.completions:
             if completion.finish_reason is None:
                 self.scheduler.abort(completion.sequence)
+                before = completion.num_tokens
                 completion.cut("abort")
+                if completion.num_tokens > before:
+                    request.metrics.num_generated_tokens += completion.num_tokens - before
+                    request.metrics.last_token_time = self._delivered
         request.num_running = 0
         self._close(request, self._clock())
         if self._hooks.aborted:
@@ -318,9 +323,14 @@ class Engine:
             request, completion = sequence.owner
             if sequence.num_prompt_rows:
                 self._add_prompt_logprobs(request, sequence, result)
+            started = request.metrics.first_token_time is not None
+            if started and completion.deferred and sequence.finish_reason is None and not self._hooks.tokens:
+                continue
+            before = completion.num_tokens
             if sequence.finish_reason == "error":
                 logger.error("request %s: the logits are not numbers; it ends here", sequence.request_id)
                 completion.cut("error")
+                request.metrics.num_generated_tokens += completion.num_tokens - before
                 request.num_running -= 1
                 touched[sequence.request_id] = request
                 continue
@@ -334,7 +344,8 @@ class Engine:
             if finish_reason is not None:
                 completion.close(finish_reason, sequence.stop_reason)
                 request.num_running -= 1
-            self._note_tokens(request, sequence, now)
+            self._note_tokens(request, sequence, completion.num_tokens - before, now)
+        self._delivered = now
         for request in touched.values():
             if request.closed:
                 continue
@@ -348,9 +359,9 @@ class Engine:
             elif request.kind is not RequestOutputKind.FINAL_ONLY:
                 self._ready.append(request.output())
 
-    def _note_tokens(self, request: Request, sequence: Sequence, now: float) -> None:
+    def _note_tokens(self, request: Request, sequence: Sequence, count: int, now: float) -> None:
         metrics = request.metrics
-        metrics.num_generated_tokens += sequence.num_new
+        metrics.num_generated_tokens += count
         metrics.last_token_time = now
         if metrics.first_token_time is None:
             metrics.first_token_time = now
@@ -360,7 +371,7 @@ class Engine:
         if self._hooks.tokens:
             emit(
                 self._hooks.tokens,
-                events.Tokens(now, request.request_id, sequence.index, sequence.num_new),
+                events.Tokens(now, request.request_id, sequence.index, count),
             )
 
     def _add_prompt_logprobs(self, request: Request, sequence: Sequence, result: StepResult) -> None:
@@ -473,7 +484,8 @@ class Engine:
             for item in running:
                 if live.pop((request.request_id, item.sequence.index), None) is not item.sequence:
                     raise AssertionError(f"E2: the scheduler does not have {item.sequence!r}")
-                if item.num_tokens != item.sequence.num_output:
+                behind = item.sequence.num_output - item.num_tokens
+                if behind < 0 or (behind > 0 and not item.deferred):
                     raise AssertionError(f"E3: {item.num_tokens} tokens delivered of {item.sequence!r}")
         if live:
             raise AssertionError(f"E4: sequences that belong to no request: {list(live)}")
