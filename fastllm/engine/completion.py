@@ -100,7 +100,7 @@ class Completion:
         texts: decodes single tokens for logprobs; None leaves `decoded_token` out.
 
     Attributes:
-        deferred: nothing of it is looked at before its end, so that its tokens may be taken in all at once then.
+        deferred: nothing of it is looked at before its end: its tokens may be taken in all at once then.
     """
 
     __slots__ = (
@@ -156,7 +156,7 @@ class Completion:
         return len(self._token_ids)
 
     def advance(self, result: StepResult) -> str | None:
-        """Take in what the last step brought for the sequence, after what earlier steps did if it is deferred.
+        """Take in what the last step brought for the sequence; if it is deferred, earlier steps too.
 
         Returns:
             The stop string that is complete now, or None. The text then ends with it; tokens after the one
