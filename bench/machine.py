@@ -51,10 +51,12 @@ def commit() -> str:
 
 
 def source() -> str:
-    """One SHA-256 for all files that fastllm is built and run from, whatever else a commit changed."""
+    """One SHA-256 for all files that fastllm is built and run from on a CPU, whatever else a commit changed."""
     digest = hashlib.sha256()
     for name in _git("ls-files", "CMakeLists.txt", "pyproject.toml", "csrc", "fastllm").splitlines():
-        digest.update(name.encode() + b"\0" + hashlib.sha256((ROOT / name).read_bytes()).digest())
+        path = ROOT / name
+        content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
