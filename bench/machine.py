@@ -51,7 +51,7 @@ def commit() -> str:
 
 
 def source() -> str:
-    """One SHA-256 for all files that fastllm is built and run from on a CPU, whatever else a commit changed."""
+    """One SHA-256 for all files that fastllm is built and run from on a CPU."""
     digest = hashlib.sha256()
     for name in _git("ls-files", "CMakeLists.txt", "pyproject.toml", "csrc", "fastllm").splitlines():
         path = ROOT / name
