@@ -1,3 +1,5 @@
+// Where buffers come from: malloc for small ones, pages of their own for large ones, areas of huge pages for
+// weights.
 #include "core/memory.h"
 
 #include <sys/mman.h>
@@ -10,6 +12,7 @@
 namespace fastllm {
 namespace {
 
+constexpr std::size_t kPage = 4096;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kWorthMapping = std::size_t{1} << 20;
 constexpr std::size_t kArea = std::size_t{32} << 20;
@@ -46,8 +49,6 @@ struct Area {
   Mapping mapping;
   std::size_t used = 0;
 };
-
-constexpr std::size_t kPage = 4096;
 
 std::size_t whole(std::size_t bytes, std::size_t unit) {
   if (bytes > SIZE_MAX - unit) throw std::bad_alloc();
