@@ -650,6 +650,30 @@ def test_a_detokenizer_that_fails_ends_the_engine_rather_than_giving_wrong_text(
     engine.check()
 
 
+def test_a_detokenizer_that_fails_for_outputs_made_at_the_end_ends_the_engine_too() -> None:
+    """Others' tokens have not been taken in by then: ending them must not fail in its turn."""
+
+    class Broken(FakeDetokenizer):
+        pushed = 0
+
+        def push(self, ids: Any) -> str:
+            self.pushed += 1
+            if self.pushed > 1:
+                raise ValueError("broken")
+            return super().push(ids)
+
+    engine = make()
+    engine._make_detokenizer = Broken
+    for name, tokens in (("a", 4), ("b", 9), ("c", 9)):
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, output_kind=FINAL)
+        engine.add_request(name, [2], params)
+    with pytest.raises(EngineDeadError, match="broken"):
+        run(engine)
+    assert engine.lost_request_ids == ("a", "b", "c")
+    engine.check()
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
 def test_close() -> None:
     executor = FakeExecutor()
     with make(executor) as engine:

@@ -223,8 +223,13 @@ class Completion:
         self.sequence.owner = None  # the two refer to each other no longer
         self._detokenizer = None
 
-    def cut(self, finish_reason: str) -> None:
-        """Ended from outside ("abort"), or unable to go on ("error"): the text so far is what there is."""
+    def cut(self, finish_reason: str, *, text: bool = True) -> None:
+        """Ended from outside ("abort"), or unable to go on ("error"): the text so far is what there is.
+
+        Without `text`, for an engine that ends with nobody left to read it, the detokenizer is left alone.
+        """
+        if not text:
+            self._detokenizer = None
         if self.deferred:
             self._catch_up(self.sequence.num_output)
         if self._detokenizer is not None:

@@ -205,12 +205,12 @@ class Engine:
                 self._abort(request)
                 self._ready.append(request.output())
 
-    def _abort(self, request: Request) -> None:
+    def _abort(self, request: Request, *, text: bool = True) -> None:
         for completion in request.completions:
             if completion.finish_reason is None:
                 self.scheduler.abort(completion.sequence)
                 before = completion.num_tokens
-                completion.cut("abort")
+                completion.cut("abort", text=text)
                 if completion.num_tokens > before:
                     request.metrics.num_generated_tokens += completion.num_tokens - before
                     request.metrics.last_token_time = self._delivered
@@ -446,7 +446,7 @@ class Engine:
         )
         self.scheduler.rollback()
         for request in list(self._requests.values()):
-            self._abort(request)
+            self._abort(request, text=False)  # outputs are dropped
         self._ready.clear()
         return EngineDeadError(self._obituary)
 
@@ -456,7 +456,7 @@ class Engine:
             return
         self._closed = True
         for request in list(self._requests.values()):
-            self._abort(request)
+            self._abort(request, text=False)  # outputs are dropped
         self._ready.clear()
         self._executor.close()
 
