@@ -64,7 +64,7 @@ class CpuExecutor:
         spec: DecoderSpec,
         *,
         quantization: str | None = None,
-        kv_cache_dtype: str = "fp16",
+        kv_cache_dtype: str = "int16",
         block_size: int = 16,
         kv_cache_bytes: int | None = None,
         max_model_len: int,
