@@ -99,7 +99,8 @@ Floats matmul(const py::object& x, const PackedMatrix& w, const py::object& resi
     }
     team.for_each(w.panels(), 4, [&](std::int64_t begin, std::int64_t end) {
       if (w.quantized()) {
-        kernels.matmul_q(&view, &quantized.rows, m, begin, end, y, n, start != nullptr, scratch.as<void>());
+        kernels.matmul_q(&view, &quantized.rows, m, begin, end, y, n, start != nullptr, scratch.as<void>(),
+                         nullptr);
       } else {
         kernels.matmul_f(&view, in, k, m, begin, end, y, n, start != nullptr);
       }

@@ -115,6 +115,22 @@ static inline int64_t kv_group_stride(int64_t planes, int64_t kv_heads) {
   return planes * kv_heads * kBlocksTogether;
 }
 
+// Blocks of the KV cache that will be read soon: a kernel that has time to wait for memory asks for them, the
+// blocks of each run from all planes, and moves on as it does.
+struct BlockRun {
+  int64_t first, count;  // as kv_block() counts
+};
+struct ReadAhead {
+  const uint8_t* at;  // of the stretch that is being asked for
+  const uint8_t* stop;
+  const BlockRun* run;  // whose `plane` comes next
+  const BlockRun* end;
+  int plane;
+  int plane_count;
+  const uint8_t* planes[4];  // k, v and, of an integer cache, their scales
+  int64_t block_bytes[4];    // of one block of one head
+};
+
 // What attention computes for a run of queries of one sequence that share a KV head.
 //   q    (queries, q_stride): the heads of the group start at q + h * head_dim, h < group
 //   out  likewise with out_stride; must not overlap q: it holds the state of the fold
@@ -148,8 +164,9 @@ struct Kernels {
 
   // y[m, n] (+)= sum_k w[n, k] x[m, k] for the panels [panel_begin, panel_end); y: (rows, ldy), column n at
   // y[n]. `scratch` holds at least matmul_scratch_bytes(w), 64-byte aligned. accumulate: add to what y holds.
+  // `ahead`, or null: what is to be asked for meanwhile.
   void (*matmul_q)(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
-                   int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch);
+                   int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch, ReadAhead* ahead);
   void (*matmul_f)(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
                    int64_t panel_end, float* y, int64_t ldy, int accumulate);
 

@@ -32,6 +32,7 @@ static_assert(kStep == 16, "a step is four lines of four columns");
 
 constexpr int64_t kRowsAtOnce = kMatmulRowsAtOnce;  // rows whose starts and sums lie in scratch
 constexpr int64_t kAhead = 2048;                    // bytes of codes asked for ahead, in the direct path
+constexpr int kLinesAhead = 2;                      // of a ReadAhead, asked for with a block of 32 columns
 
 #if defined(FASTLLM_ISA_avx512vnni)
 constexpr int kTileRows = 8;  // rows of a tile one column wide
@@ -95,7 +96,54 @@ Activations prepare(const PackedView* w, const QuantizedRows* x, int64_t first, 
   return {from.q, from.scale, starts, sums, x->kp, steps, groups, w->group / (2 * kStep)};
 }
 
+// ---- what comes after this product -----------------------------------------------------------------------
+
+// Points at the next run's blocks in one plane.
+__attribute__((noinline)) void next_stretch(ReadAhead* ahead) {
+  const BlockRun& run = *ahead->run;
+  const int64_t bytes = ahead->block_bytes[ahead->plane];
+  ahead->at = ahead->planes[ahead->plane] + run.first * bytes;
+  ahead->stop = ahead->at + run.count * bytes;
+  if (++ahead->plane < ahead->plane_count) return;
+  ahead->plane = 0;
+  ++ahead->run;
+}
+
+// Asks for some lines; called for every tile's every block of 32 columns.
+FASTLLM_INLINE void read_ahead(ReadAhead* ahead) {
+  if (ahead->at >= ahead->stop) {
+    if (ahead->run == ahead->end) return;
+    next_stretch(ahead);
+  }
+#pragma GCC unroll 2
+  for (int line = 0; line < kLinesAhead; ++line) __builtin_prefetch(ahead->at + 64 * line, 0, 2);
+  ahead->at += 64 * kLinesAhead;
+}
+
 // ---- where a tile's weights come from --------------------------------------------------------------------
+
+// Codes are asked for some way ahead, since at each page the hardware's prefetchers begin anew; block by
+// block, or the loads would queue up. When several tiles read a panel, activations fill the first cache and
+// codes wait in the second.
+struct CodesAhead {
+  const uint8_t* codes;  // of the panel
+  const uint8_t* end;    // what comes there is another thread's
+  bool several;
+
+  template <int64_t bytes>
+  FASTLLM_INLINE void ask(int64_t block) const {
+    const uint8_t* next = codes + block * bytes + kAhead;
+    if (next >= end) return;
+#pragma GCC unroll 8
+    for (int64_t at = 0; at < bytes; at += 64) {
+      if (several) {
+        __builtin_prefetch(next + at, 0, 2);
+      } else {
+        __builtin_prefetch(next + at);
+      }
+    }
+  }
+};
 
 // One panel as it is stored, from native part `part` on.
 template <Unpack kind>
@@ -105,22 +153,20 @@ struct Packed {
   PanelScales<int8_t> scales;
   PanelScales<uint8_t> mins;
   int part;
-  const uint8_t* end;  // of the codes of the panels that this thread multiplies
+  CodesAhead next;
+  ReadAhead* ahead;
 
   // Line `quad` of the eight of columns 32 * block to + 31.
   template <int quad>
   FASTLLM_INLINE vb line(int64_t block, int c) const {
     return codes.template line<kind, quad>(block, part + c);
   }
-  // Asks for the codes some way ahead, since at each page the hardware's prefetchers begin anew; block by
-  // block, or the loads would queue up. What comes after `end` is another thread's.
   FASTLLM_INLINE void prefetch(int64_t block) const {
-    constexpr int64_t kBytes = kind == Unpack::u8 ? 512 : 256;
-    const uint8_t* next = codes.codes + block * kBytes + kAhead;
-    if (next >= end) return;
-#pragma GCC unroll 8
-    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(next + at);
+    next.ask<kind == Unpack::u8 ? 512 : 256>(block);
+    read_ahead(ahead);
   }
+  // Asked for with the first of a panel's tiles.
+  FASTLLM_INLINE void tile_done() { next.end = nullptr; }
   FASTLLM_INLINE vf scale(int64_t g, int c) const { return scales.at(g, part + c); }
   FASTLLM_INLINE vf minimum(int64_t g, int c) const { return mins.at(g, part + c); }
 };
@@ -136,13 +182,15 @@ struct Unpacked {
   int64_t kp;
   int64_t groups;
   int part;
+  ReadAhead* ahead;
 
   template <int quad>
   FASTLLM_INLINE vb line(int64_t block, int c) const {
     const int64_t panel = (part + c) / kParts, lane = (part + c) % kParts;
     return vb_load(bytes + panel * kp * kPanel + block * 512 + quad * 64 + lane * kLineBytes);
   }
-  FASTLLM_INLINE void prefetch(int64_t) const {}
+  FASTLLM_INLINE void prefetch(int64_t) const { read_ahead(ahead); }
+  FASTLLM_INLINE void tile_done() {}
   FASTLLM_INLINE vf scale(int64_t g, int c) const { return value(scales, g, c); }
   FASTLLM_INLINE vf minimum(int64_t g, int c) const { return value(mins, g, c); }
   FASTLLM_INLINE vf value(const float* from, int64_t g, int c) const {
@@ -265,12 +313,14 @@ __attribute__((noinline)) void tile(const Weights& weights, const Activations& x
 
 // `rows` rows in tiles of the sizes below that add up to them; the column count of a tile is C.
 template <int C, int R, bool fine, typename Weights>
-void tiles_of(const Weights& weights, const Activations& x, int64_t begin, int64_t rows, bool mins,
+void tiles_of(Weights& weights, const Activations& x, int64_t begin, int64_t rows, bool mins,
               const Output& out) {
   int64_t m = begin;
-  for (; m + R <= rows; m += R)
+  for (; m + R <= rows; m += R) {
     tile<R, C, fine>(weights, x.from_row(m), mins,
                      {out.y + m * out.ldy, out.ldy, out.outputs, out.accumulate});
+    weights.tile_done();
+  }
   if constexpr (R > 1) {
     if (m < rows) tiles_of<C, R / 2, fine>(weights, x, m, rows, mins, out);
   }
@@ -286,6 +336,7 @@ struct Job {
   float* y;
   int64_t ldy;
   int accumulate;
+  ReadAhead* ahead;
 
   Output output(int64_t panel, int part) const {
     const int64_t n = panel * kPanel + part * kLanes;
@@ -298,8 +349,13 @@ void direct(const Job& job, const Activations& x) {
   const PackedView* w = job.w;
   const uint8_t* end = PanelCodes(w, job.panel_end).codes;
   for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
-    Packed<kind> weights{PanelCodes(w, panel), PanelScales<int8_t>(w->scales, w->subscales, w, panel),
-                         PanelScales<uint8_t>(w->mins, w->submins, w, panel), 0, end};
+    const PanelCodes codes(w, panel);
+    Packed<kind> weights{codes,
+                         PanelScales<int8_t>(w->scales, w->subscales, w, panel),
+                         PanelScales<uint8_t>(w->mins, w->submins, w, panel),
+                         0,
+                         {codes.codes, end, job.rows > kTileRows},
+                         job.ahead};
     for (; weights.part < kParts; ++weights.part)
       tiles_of<1, kTileRows, fine>(weights, x, 0, job.rows, w->mins != nullptr,
                                    job.output(panel, weights.part));
@@ -357,7 +413,8 @@ void unpacked(const Job& job, const Activations& x, const PanelScratch& scratch)
   constexpr int kPanelsAtOnce = kTwinRows > 0 ? 2 : 1;
   for (int64_t panel = job.panel_begin; panel < job.panel_end; panel += kPanelsAtOnce) {
     const int panels = static_cast<int>(min_of(kPanelsAtOnce, job.panel_end - panel));
-    Unpacked<line_bits(kind)> weights{scratch.bytes, scratch.scales, scratch.mins, x.kp, x.groups, 0};
+    Unpacked<line_bits(kind)> weights{scratch.bytes, scratch.scales, scratch.mins, x.kp, x.groups, 0,
+                                      job.ahead};
     if constexpr (kind == Unpack::u8) weights.bytes = w->codes + panel * w->kp * kPanel;
     for (int p = 0; p < panels; ++p) {
       const int64_t at = p * x.groups * kPanel;
@@ -400,8 +457,9 @@ void matmul(const Job& all, const QuantizedRows* x, void* memory) {
 }  // namespace
 
 void matmul_q(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
-              int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch) {
-  const Job job{w, rows, panel_begin, panel_end, y, ldy, accumulate};
+              int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch, ReadAhead* ahead) {
+  ReadAhead nothing{};
+  const Job job{w, rows, panel_begin, panel_end, y, ldy, accumulate, ahead != nullptr ? ahead : &nothing};
   switch (w->kind) {
     case Codes::u4:
       return w->codebook != nullptr ? matmul<Unpack::codebook>(job, x, scratch)

@@ -8,7 +8,7 @@ namespace fastllm::FASTLLM_ISA {
 
 void quantize_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, const QuantizedRows* out);
 void matmul_q(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t panel_begin,
-              int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch);
+              int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch, ReadAhead* ahead);
 void matmul_f(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
               int64_t panel_end, float* y, int64_t ldy, int accumulate);
 void unpack_row(const PackedView* w, int64_t row, float* out);

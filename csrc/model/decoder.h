@@ -127,12 +127,16 @@ class Decoder {
   struct ThreadState {
     AlignedBuffer scratch;
     SampleWorkspace sampler;
+    ReadAhead ahead;  // of the KV cache, while products are computed
   };
 
   Vector* find_vector(const std::string& slot, std::int64_t layer, std::int64_t* size);
   Matrix* find_matrix(const std::string& slot, std::int64_t layer, std::int64_t* rows, std::int64_t* cols);
   void reserve(const StepInput& in);
   void plan_attention(const StepInput& in);
+  void cut_attention(const StepInput& in);
+  void plan_read_ahead(const StepInput& in);
+  void read_ahead(int thread, std::int64_t layer);
   KvView kv_view(std::int64_t layer);
   QuantizedRows quantized(std::int64_t cols);
 
@@ -176,6 +180,9 @@ class Decoder {
   std::int64_t quantized_rows_ = 0;
   std::vector<AttentionItem> items_;
   std::vector<AttentionMerge> merges_;
+  std::vector<std::int64_t> item_cuts_;    // between the items of one thread and the next; the rest is shared
+  std::vector<BlockRun> block_runs_;       // what attention reads of a layer, in the order of the items
+  std::int32_t longest_ = 0;               // sequence of the step
   std::vector<std::int32_t> last_tokens_;  // what the previous step sampled
 };
 

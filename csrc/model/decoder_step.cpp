@@ -12,6 +12,8 @@ namespace {
 
 constexpr std::int64_t kRowsAtOnce = 32;          // rows of logits in memory at a time
 constexpr std::int32_t kQueriesPerItem = 16;      // queries that one attention item folds together
+constexpr std::int64_t kTokensThatLeaveTime = 8;  // products of fewer are bound by memory themselves
+constexpr std::int64_t kReadAheadBytes = std::int64_t{8} << 20;  // of a layer, at most
 constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this stays with one thread
 
 // How a product's panels are handed out: to every thread a long stretch of its own first, which its cache may
@@ -149,6 +151,71 @@ void Decoder::plan_attention(const StepInput& in) {
   }
 }
 
+// Most of the items by their cost to every thread, as with products: what a thread reads is then a stream.
+void Decoder::cut_attention(const StepInput& in) {
+  const auto cost_of = [&](const AttentionItem& item) {
+    const std::int64_t end = in.positions[item.query_begin] + item.queries;
+    const std::int64_t tiles = item.tile_end != 0 ? item.tile_end - item.tile_begin : ceil_div(end, kKvTile);
+    return tiles * item.queries;
+  };
+  std::int64_t total = 0, before = 0;
+  for (const AttentionItem& item : items_) total += cost_of(item);
+  item_cuts_.assign(1, 0);
+  for (std::size_t i = 0; i < items_.size(); ++i) {
+    const auto threads = static_cast<std::int64_t>(pool_.size());
+    while (static_cast<std::int64_t>(item_cuts_.size()) <= threads &&
+           before * 10 * threads >= total * 9 * static_cast<std::int64_t>(item_cuts_.size()))
+      item_cuts_.push_back(static_cast<std::int64_t>(i));
+    before += cost_of(items_[i]);
+  }
+  item_cuts_.resize(static_cast<std::size_t>(pool_.size()) + 1, static_cast<std::int64_t>(items_.size()));
+}
+
+// The blocks that attention reads, up to kReadAheadBytes of a layer.
+void Decoder::plan_read_ahead(const StepInput& in) {
+  block_runs_.clear();
+  longest_ = 0;
+  if (in.tokens < kTokensThatLeaveTime) return;
+  const KvView kv = kv_view(0);
+  const std::int64_t bytes = 2 * block_size_ * config_.head_dim * kv_value_bytes(kv_type_);
+  std::int64_t left = kReadAheadBytes / bytes;
+  for (std::int32_t s = 0; s < in.sequences; ++s) {
+    const std::int32_t* table = in.block_tables + s * in.max_blocks;
+    const std::int64_t blocks = ceil_div(in.seq_lens[s], block_size_);
+    longest_ = std::max(longest_, in.seq_lens[s]);
+    for (std::int64_t head = 0; head < config_.num_kv_heads; ++head) {
+      for (std::int64_t i = 0; i < blocks && left > 0; ++i, --left) {
+        const std::int64_t block = kv_block(&kv, head, table[i]);
+        if (i > 0 && block_runs_.back().first + block_runs_.back().count == block) {
+          ++block_runs_.back().count;
+        } else {
+          block_runs_.push_back({block, 1});
+        }
+      }
+    }
+  }
+}
+
+// Points `thread` at its share of what attention will read of `layer`: nothing where a window hides most of
+// it.
+void Decoder::read_ahead(int thread, std::int64_t layer) {
+  ReadAhead& ahead = thread_state_[static_cast<std::size_t>(thread)].ahead;
+  ahead = {};
+  if (layer >= config_.num_layers) return;
+  const std::int32_t window = config_.windows[static_cast<std::size_t>(layer)];
+  if (window > 0 && window < longest_) return;
+  const KvView kv = kv_view(layer);
+  const auto runs = static_cast<std::int64_t>(block_runs_.size());
+  ahead.run = block_runs_.data() + runs * thread / pool_.size();
+  ahead.end = block_runs_.data() + runs * (thread + 1) / pool_.size();
+  ahead.plane_count = kv_has_scales(kv_type_) ? 4 : 2;
+  const void* planes[] = {kv.k, kv.v, kv.k_scale, kv.v_scale};
+  for (int i = 0; i < 4; ++i) {
+    ahead.planes[i] = static_cast<const std::uint8_t*>(planes[i]);
+    ahead.block_bytes[i] = block_size_ * (i < 2 ? config_.head_dim * kv_value_bytes(kv_type_) : 4);
+  }
+}
+
 // ---- phases ----------------------------------------------------------------------------------------------
 
 void Decoder::embed(Team& team, const StepInput& in) {
@@ -212,7 +279,9 @@ void Decoder::multiply(Team& team, int thread, const float* x, std::int64_t ldx,
   std::int64_t panels = 0;
   for (int i = 0; i < count; ++i) panels += products[i].w->panels();
   const QuantizedRows q = quantized(products[0].w->cols);
-  void* scratch = thread_state_[static_cast<std::size_t>(thread)].scratch.as<void>();
+  ThreadState& state = thread_state_[static_cast<std::size_t>(thread)];
+  void* scratch = state.scratch.as<void>();
+  ReadAhead* ahead = &state.ahead;
   const Stretches stretches(panels, team.size());
   team.for_each_from_own(thread, stretches.count(), [&](std::int64_t stretch) {
     const std::int64_t begin = stretches.begin(stretch), end = stretches.begin(stretch + 1);
@@ -225,7 +294,7 @@ void Decoder::multiply(Team& team, int thread, const float* x, std::int64_t ldx,
       if (from >= to) continue;
       const PackedView w = p.w->view();
       if (p.w->quantized()) {
-        kernels_.matmul_q(&w, &q, rows, from, to, p.y, p.ldy, accumulate, scratch);
+        kernels_.matmul_q(&w, &q, rows, from, to, p.y, p.ldy, accumulate, scratch, ahead);
       } else {
         kernels_.matmul_f(&w, x, ldx, rows, from, to, p.y, p.ldy, accumulate);
       }
@@ -288,9 +357,14 @@ void Decoder::attend(Team& team, int thread, const StepInput& in, std::int64_t l
     task.softcap = c.attn_softcap;
     return task;
   };
-  team.for_each(static_cast<std::int64_t>(items_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      const AttentionItem& item = items_[static_cast<std::size_t>(i)];
+  const std::int64_t threads = team.size(), rest = item_cuts_.back();
+  const auto count = static_cast<std::int64_t>(items_.size());
+  team.for_each_from_own(thread, threads + count - rest, [&](std::int64_t i) {
+    const bool own = i < threads;
+    const std::int64_t begin = own ? item_cuts_[static_cast<std::size_t>(i)] : rest + i - threads;
+    const std::int64_t end = own ? item_cuts_[static_cast<std::size_t>(i) + 1] : begin + 1;
+    for (std::int64_t at = begin; at < end; ++at) {
+      const AttentionItem& item = items_[static_cast<std::size_t>(at)];
       const AttentionTask task = task_of(item.sequence, item.kv_head, item.query_begin, item.queries);
       if (item.partials == nullptr) {
         kernels_.attention(&kv, &task, scratch);
@@ -386,6 +460,8 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
   profile_.start();
   reserve(in);
   plan_attention(in);
+  cut_attention(in);
+  plan_read_ahead(in);
   const DecoderConfig& c = config_;
   const std::int64_t tokens = in.tokens;
   const std::int64_t q_dim = c.num_heads * c.head_dim;
@@ -421,6 +497,7 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
     }
     embed(team, in);
     done(Phase::embed);
+    read_ahead(thread, 0);
     for (std::int64_t i = 0; i < c.num_layers; ++i) {
       const Layer& l = layers_[static_cast<std::size_t>(i)];
       const KvView kv = kv_view(i);
@@ -439,6 +516,7 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
       done(Phase::rope_kv);
       attend(team, thread, in, i, kv);
       done(Phase::attention);
+      read_ahead(thread, i + 1);
 
       // Without a bias or a norm in between, the product lands on the residual at once.
       const bool plain_o = !l.o_bias && !l.attn_post_norm;
