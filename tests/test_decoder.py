@@ -263,6 +263,39 @@ def test_long_decode_split_between_threads(wide_file: Path) -> None:
         np.testing.assert_array_equal(logits.view(np.int32), results[0].view(np.int32))
 
 
+@given(st.sampled_from((2, 3, 4, 6)), st.integers(32, 70), st.booleans(), strategies.seeds())
+def test_batches_cut_into_parts(wide_file: Path, threads: int, count: int, long_one: bool, seed: int) -> None:
+    """So many sequences that threads take some of their own: prompts, then steps that decode.
+
+    With a long prompt among them they do not divide evenly, and all threads share the batch.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(17, 20, count)
+    if long_one:
+        lengths[rng.integers(count)] = 150
+    sequences = [tiny.tokens(int(length), seed=i) for i, length in enumerate(lengths)]
+    steps: list[list[Floats]] = []
+    for used in (1, threads):
+        options: dict[str, Any] = {"kv_cache_dtype": "int16", "max_model_len": 256, "max_num_seqs": count}
+        with executor(wide_file, threads=used, **options) as made:
+            blocks = rng.permutation(made.kv_capacity()).tolist()
+            tables = [[blocks.pop() for _ in range(-(-len(tokens) // 16))] for tokens in sequences]
+            drawn = list(zip(sequences, tables, strict=True))
+            batches = [
+                [Chunk(tokens[:-2], 0, table, [len(tokens) - 3]) for tokens, table in drawn],
+                [Chunk(tokens[-2:-1], len(tokens) - 2, table, [0]) for tokens, table in drawn],
+                [Chunk(tokens[-1:], len(tokens) - 1, table, [0]) for tokens, table in drawn[::-1]],
+            ]
+            got = []
+            for chunks in batches:
+                _, logits = made.run(step_batch(chunks, 16), logits=True)
+                assert logits is not None
+                got.append(logits)
+            steps.append(got)
+    for one, many in zip(*steps, strict=True):
+        np.testing.assert_array_equal(many.view(np.int32), one.view(np.int32))
+
+
 def test_copied_blocks(wide_file: Path) -> None:
     tokens = tiny.tokens(40)
     with executor(wide_file, kv_cache_dtype="int8") as made:

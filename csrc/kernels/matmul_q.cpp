@@ -37,8 +37,11 @@ constexpr int kLinesAhead = 2;                      // of a ReadAhead, asked for
 #if defined(FASTLLM_ISA_avx512vnni)
 constexpr int kTileRows = 8;  // rows of a tile one column wide
 constexpr int kTwinRows = 4;  // rows of a tile two columns wide
-// As many rows as run faster when each tile unpacks the codes anew: nibbles always do.
-constexpr int64_t direct_rows(Unpack kind) { return kind == Unpack::u4 ? kRowsAtOnce : 32; }
+// As many rows as run faster when each tile unpacks the codes anew: nibbles always do, bytes need no
+// unpacking.
+constexpr int64_t direct_rows(Unpack kind) {
+  return kind == Unpack::u4 ? kRowsAtOnce : kind == Unpack::u8 ? kTileRows : 32;
+}
 #else
 constexpr int kTileRows = 4;
 constexpr int kTwinRows = 0;  // too few registers
@@ -182,6 +185,8 @@ struct Unpacked {
   int64_t kp;
   int64_t groups;
   int part;
+  const uint8_t* next;  // where the bytes are the codes, those that come after: a quarter with every tile
+  const uint8_t* end;   // of them
   ReadAhead* ahead;
 
   template <int quad>
@@ -189,8 +194,15 @@ struct Unpacked {
     const int64_t panel = (part + c) / kParts, lane = (part + c) % kParts;
     return vb_load(bytes + panel * kp * kPanel + block * 512 + quad * 64 + lane * kLineBytes);
   }
-  FASTLLM_INLINE void prefetch(int64_t) const { read_ahead(ahead); }
-  FASTLLM_INLINE void tile_done() {}
+  FASTLLM_INLINE void prefetch(int64_t block) const {
+    const uint8_t* p = next + block * 256;
+    if (p < end) {
+#pragma GCC unroll 4
+      for (int64_t at = 0; at < 256; at += 64) __builtin_prefetch(p + at, 0, 2);
+    }
+    read_ahead(ahead);
+  }
+  FASTLLM_INLINE void tile_done() { next += kp / 32 * 256; }
   FASTLLM_INLINE vf scale(int64_t g, int c) const { return value(scales, g, c); }
   FASTLLM_INLINE vf minimum(int64_t g, int c) const { return value(mins, g, c); }
   FASTLLM_INLINE vf value(const float* from, int64_t g, int c) const {
@@ -414,8 +426,12 @@ void unpacked(const Job& job, const Activations& x, const PanelScratch& scratch)
   for (int64_t panel = job.panel_begin; panel < job.panel_end; panel += kPanelsAtOnce) {
     const int panels = static_cast<int>(min_of(kPanelsAtOnce, job.panel_end - panel));
     Unpacked<line_bits(kind)> weights{scratch.bytes, scratch.scales, scratch.mins, x.kp, x.groups, 0,
-                                      job.ahead};
-    if constexpr (kind == Unpack::u8) weights.bytes = w->codes + panel * w->kp * kPanel;
+                                      nullptr,       nullptr,        job.ahead};
+    if constexpr (kind == Unpack::u8) {
+      weights.bytes = w->codes + panel * w->kp * kPanel;
+      weights.next = weights.bytes + panels * w->kp * kPanel;
+      weights.end = weights.next + min_of(panels, job.panel_end - panel - panels) * w->kp * kPanel;
+    }
     for (int p = 0; p < panels; ++p) {
       const int64_t at = p * x.groups * kPanel;
       if constexpr (kind != Unpack::u8) unpack_codes<kind>(w, panel + p, scratch.bytes + p * w->kp * kPanel);

@@ -153,10 +153,10 @@ void Decoder::close() {
   layers_.clear();
   kv_ = AlignedBuffer();
   kv_blocks_ = 0;
-  for (AlignedBuffer* buffer :
-       {&final_norm_, &final_norm_bias_, &x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_, &cos_, &sin_,
-        &cos_sliding_, &sin_sliding_, &quantized_, &logits_, &partials_})
+  for (AlignedBuffer* buffer : {&final_norm_, &final_norm_bias_, &x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_,
+                                &cos_, &sin_, &cos_sliding_, &sin_sliding_, &quantized_, &logits_})
     *buffer = AlignedBuffer();
+  plan_ = StepPlan();
   for (ThreadState& state : thread_state_) state = ThreadState{};
 }
 

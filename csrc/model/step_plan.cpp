@@ -1,0 +1,220 @@
+#include "model/step_plan.h"
+
+#include <algorithm>
+
+#include "core/math.h"
+
+namespace fastllm {
+namespace {
+
+constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this stays with one thread
+constexpr std::int64_t kTokensWorthAPart = 16;    // fewer would spend their time on reading the weights
+constexpr std::int64_t kTokensThatLeaveTime = 8;  // products of fewer are bound by memory themselves
+constexpr std::int64_t kReadAheadBytes = std::int64_t{8} << 20;  // of a layer, at most
+constexpr double kUneven = 1.05;        // the greatest part may be so much greater than their mean
+constexpr double kAttentionCost = 5.0;  // of a multiply-add, in those of a product
+
+// Multiply-adds of a sequence's tokens, those of attention as kAttentionCost.
+double cost_of_sequence(const StepInput& in, const DecoderConfig& c, std::int64_t sequence) {
+  const std::int64_t heads = c.num_heads * c.head_dim, kv_heads = c.num_kv_heads * c.head_dim;
+  const double products = static_cast<double>(c.dim * (2 * heads + 2 * kv_heads + 3 * c.ffn_dim));
+  const std::int32_t tokens = in.query_start[sequence + 1] - in.query_start[sequence];
+  const double seen = in.seq_lens[sequence] - (tokens - 1) / 2.0;
+  return tokens * (products + kAttentionCost * 2 * static_cast<double>(heads) * seen);
+}
+
+std::int64_t tiles_of(const StepInput& in, const AttentionItem& item) {
+  return ceil_div(in.positions[item.query_begin] + item.queries, kKvTile);
+}
+
+}  // namespace
+
+void StepPlan::make(const StepInput& in, const DecoderConfig& config, const KvView& kv, int threads) {
+  items_.clear();
+  merges_.clear();
+  block_runs_.clear();
+  cut_batch(in, config, threads);
+  rows_of_logits_ = 0;
+  for (Part& part : parts_) {
+    part.logits_at = rows_of_logits_;
+    rows_of_logits_ += std::min(part.rows.size(), part.rows_at_once);
+    plan_attention(in, config, part);
+    if (parts_.size() == 1) split_decodes(in, config, part.threads.size());
+    part.items.end = static_cast<std::int64_t>(items_.size());
+    cut_items(in, part);
+    plan_read_ahead(in, kv, part);
+  }
+}
+
+const Part& StepPlan::part_of(int thread) const {
+  std::size_t i = 0;
+  while (thread >= parts_[i].threads.end) ++i;
+  return parts_[i];
+}
+
+// ---- parts -----------------------------------------------------------------------------------------------
+
+void StepPlan::cut_batch(const StepInput& in, const DecoderConfig& config, int threads) {
+  for (std::int64_t count = threads; count > 1; --count) {
+    if (threads % count != 0 || in.tokens < count * kTokensWorthAPart || in.sequences < count) continue;
+    set_parts(count, threads);
+    if (cut_sequences(in, config, count)) return;
+  }
+  set_parts(1, threads);
+  parts_[0].sequences = {0, in.sequences};
+  parts_[0].tokens = {0, in.tokens};
+  parts_[0].rows = {0, in.rows};
+}
+
+void StepPlan::set_parts(std::int64_t count, int threads) {
+  const std::int64_t each = threads / count;
+  if (static_cast<std::int64_t>(parts_.size()) != count) {
+    parts_.clear();
+    for (std::int64_t i = 0; i < count; ++i) {
+      Part& part = parts_.emplace_back();
+      part.threads = {i * each, (i + 1) * each};
+      if (count > 1) part.team = std::make_unique<Team>(static_cast<int>(each));
+    }
+  }
+  // A few at least: the head's matrix is read anew for them.
+  for (Part& part : parts_) part.rows_at_once = std::max<std::int64_t>(kRowsAtOnce / count, 16);
+}
+
+// Whole sequences to every part, at nearly the same cost; false where they do not divide so.
+bool StepPlan::cut_sequences(const StepInput& in, const DecoderConfig& config, std::int64_t count) {
+  double total = 0;
+  for (std::int64_t s = 0; s < in.sequences; ++s) total += cost_of_sequence(in, config, s);
+  const double mean = total / static_cast<double>(count);
+  std::int64_t sequence = 0, row = 0;
+  double before = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    Part& part = parts_[static_cast<std::size_t>(i)];
+    part.sequences.begin = sequence;
+    part.rows.begin = row;
+    const double stop = mean * static_cast<double>(i + 1), start = before;
+    while (sequence < in.sequences) {
+      const double cost = cost_of_sequence(in, config, sequence);
+      if (i + 1 < count && before + cost / 2 > stop) break;
+      before += cost;
+      ++sequence;
+    }
+    part.sequences.end = sequence;
+    if (part.sequences.size() == 0 || before - start > mean * kUneven) return false;
+    part.tokens = {in.query_start[part.sequences.begin], in.query_start[sequence]};
+    for (; row < in.rows && in.row_token[row] < part.tokens.end; ++row)
+      if (in.row_token[row] < part.tokens.begin) return false;  // not in the order of the tokens
+    part.rows.end = row;
+    if (part.rows.size() > part.tokens.size()) return false;  // a part's rows of h hold both
+  }
+  return row == in.rows;
+}
+
+// ---- attention -------------------------------------------------------------------------------------------
+
+// Items for one KV head and up to kQueriesPerItem queries each.
+void StepPlan::plan_attention(const StepInput& in, const DecoderConfig& config, Part& part) {
+  part.items.begin = static_cast<std::int64_t>(items_.size());
+  const auto kv_heads = static_cast<std::int32_t>(config.num_kv_heads);
+  for (auto s = static_cast<std::int32_t>(part.sequences.begin); s < part.sequences.end; ++s) {
+    const std::int32_t begin = in.query_start[s];
+    const std::int32_t end = in.query_start[s + 1];
+    for (std::int32_t head = 0; head < kv_heads; ++head)
+      for (std::int32_t query = begin; query < end; query += kQueriesPerItem)
+        items_.push_back({s, head, query, std::min(kQueriesPerItem, end - query), 0, 0, nullptr});
+  }
+}
+
+// When there are too few items to keep the threads busy, long decodes are split between tiles; the fold is
+// the same either way.
+void StepPlan::split_decodes(const StepInput& in, const DecoderConfig& config, std::int64_t threads) {
+  const std::int64_t wanted = threads * 3;
+  if (threads == 1 || static_cast<std::int64_t>(items_.size()) >= wanted) return;
+  const std::int64_t group = config.num_heads / config.num_kv_heads;
+  std::int64_t total = 0;
+  for (const AttentionItem& item : items_) total += tiles_of(in, item);
+  const std::int64_t piece = std::max(kTilesWorthSplitting, ceil_div(total, wanted));
+  std::vector<AttentionItem> split;
+  std::int64_t records = 0;
+  for (const AttentionItem& item : items_) {
+    const std::int64_t tiles = tiles_of(in, item);
+    if (item.queries > 1 || tiles <= piece) {
+      split.push_back(item);
+      continue;
+    }
+    for (std::int64_t tile = 0; tile < tiles; tile += piece) {
+      AttentionItem some = item;
+      some.tile_begin = tile;
+      some.tile_end = std::min(tile + piece, tiles);
+      split.push_back(some);
+    }
+    merges_.push_back({item.sequence, item.kv_head, item.query_begin, tiles, nullptr});
+    records += tiles * group;
+  }
+  if (merges_.empty()) return;
+  items_ = std::move(split);
+  const std::int64_t record = 2 + config.head_dim;
+  partials_.reserve(static_cast<std::size_t>(records * record) * sizeof(float));
+  // Pieces of one decode stand one behind the other, in the order of the merges.
+  float* next = partials_.as<float>();
+  std::size_t at = 0;
+  for (AttentionMerge& merge : merges_) {
+    merge.partials = next;
+    while (items_[at].tile_end == 0) ++at;
+    for (; at < items_.size() && items_[at].tile_end != 0; ++at) {
+      items_[at].partials = next + items_[at].tile_begin * group * record;
+      if (items_[at].tile_end == merge.tiles) {
+        ++at;
+        break;
+      }
+    }
+    next += merge.tiles * group * record;
+  }
+}
+
+// Most of the items, by their cost, to every thread in one stretch, as with products: what it reads is a
+// stream.
+void StepPlan::cut_items(const StepInput& in, Part& part) {
+  const auto cost_of = [&](std::int64_t i) {
+    const AttentionItem& item = items_[static_cast<std::size_t>(i)];
+    const std::int64_t tiles = item.tile_end != 0 ? item.tile_end - item.tile_begin : tiles_of(in, item);
+    return tiles * item.queries;
+  };
+  const std::int64_t threads = part.threads.size();
+  std::int64_t total = 0, before = 0;
+  for (std::int64_t i = part.items.begin; i < part.items.end; ++i) total += cost_of(i);
+  part.cuts.assign(1, part.items.begin);
+  for (std::int64_t i = part.items.begin; i < part.items.end && threads > 1; ++i) {
+    while (static_cast<std::int64_t>(part.cuts.size()) <= threads &&
+           before * 10 * threads >= total * 9 * static_cast<std::int64_t>(part.cuts.size()))
+      part.cuts.push_back(i);
+    before += cost_of(i);
+  }
+  part.cuts.resize(static_cast<std::size_t>(threads) + 1, part.items.end);
+}
+
+// The blocks that attention reads, up to kReadAheadBytes of a layer.
+void StepPlan::plan_read_ahead(const StepInput& in, const KvView& kv, Part& part) {
+  part.runs.begin = part.runs.end = static_cast<std::int64_t>(block_runs_.size());
+  part.longest = 0;
+  if (part.tokens.size() < kTokensThatLeaveTime) return;
+  const std::int64_t bytes = 2 * kv.block_size * kv.head_dim * kv_value_bytes(kv.type);
+  std::int64_t left = kReadAheadBytes / bytes / static_cast<std::int64_t>(parts_.size());
+  for (std::int64_t s = part.sequences.begin; s < part.sequences.end; ++s) {
+    const std::int32_t* table = in.block_tables + s * in.max_blocks;
+    const std::int64_t blocks = ceil_div(in.seq_lens[s], kv.block_size);
+    part.longest = std::max(part.longest, in.seq_lens[s]);
+    for (std::int64_t head = 0; head < kv.kv_heads; ++head) {
+      for (std::int64_t i = 0; i < blocks && left > 0; ++i, --left) {
+        const std::int64_t block = kv_block(&kv, head, table[i]);
+        if (i > 0 && block_runs_.back().first + block_runs_.back().count == block) {
+          ++block_runs_.back().count;
+        } else {
+          block_runs_.push_back({block, 1});
+        }
+      }
+    }
+  }
+  part.runs.end = static_cast<std::int64_t>(block_runs_.size());
+}
+
+}  // namespace fastllm

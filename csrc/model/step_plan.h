@@ -1,0 +1,110 @@
+// Who computes what in a step: parts of the batch, attention's items, and what is read ahead of the cache.
+//
+// A large batch is cut into parts of whole sequences, and the threads among them. Parts share the weights and
+// nothing else: their threads walk through the layers without ever waiting for each other, and what a thread
+// wrote stays in its cache. A small batch, or one that does not divide evenly, is one part of all threads,
+// whose products are cut by outputs instead. No result depends on it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/memory.h"
+#include "core/thread_pool.h"
+#include "kernels/kernels.h"
+#include "model/batch.h"
+
+namespace fastllm {
+
+constexpr std::int64_t kRowsAtOnce = 32;  // rows of logits in memory at a time, of all parts
+
+// A run of queries of one sequence and KV head, and the tiles of the cache that one thread folds.
+struct AttentionItem {
+  std::int32_t sequence, kv_head, query_begin, queries;
+  std::int64_t tile_begin, tile_end;
+  float* partials;  // null: fold at once
+};
+struct AttentionMerge {
+  std::int32_t sequence, kv_head, query;
+  std::int64_t tiles;
+  const float* partials;
+};
+
+// [begin, end)
+struct Range {
+  std::int64_t begin = 0, end = 0;
+  std::int64_t size() const { return end - begin; }
+};
+
+struct Part {
+  Range threads;  // of the pool
+  Range sequences, tokens, rows;
+  Range items;
+  std::vector<std::int64_t>
+      cuts;                  // thread t takes items [cuts[t], cuts[t + 1]) first, then those that remain
+  Range runs;                // of blocks to read ahead
+  std::int32_t longest = 0;  // sequence
+  std::int64_t rows_at_once = kRowsAtOnce;  // of logits
+  std::int64_t logits_at = 0;               // the first of them
+  std::unique_ptr<Team> team;               // null: the pool's own
+};
+
+// Rows of h and of its int8 form that a part keeps: of its tokens, or those that it yields at a time.
+inline std::int64_t rows_in_memory(const Part& part) {
+  return std::max(part.tokens.size(), std::min(part.rows.size(), part.rows_at_once));
+}
+
+// One thread at work on a part.
+struct Worker {
+  const Part& part;
+  Team& team;
+  int thread;  // within the team
+  int index;   // within the pool
+
+  // Calls f(begin, end) for chunks of the part's tokens, as Team::for_each.
+  template <typename F>
+  void for_tokens(F&& f) const {
+    const std::int64_t first = part.tokens.begin;
+    team.for_each(part.tokens.size(), kTokensInChunk,
+                  [&](std::int64_t begin, std::int64_t end) { f(first + begin, first + end); });
+  }
+
+ private:
+  static constexpr std::int64_t kTokensInChunk = 4;
+};
+
+class StepPlan {
+ public:
+  // kv: any layer's.
+  void make(const StepInput& in, const DecoderConfig& config, const KvView& kv, int threads);
+
+  const std::vector<Part>& parts() const { return parts_; }
+  const Part& part_of(int thread) const;
+  const std::vector<AttentionItem>& items() const { return items_; }
+  const std::vector<AttentionMerge>& merges() const { return merges_; }  // of the only part
+  const std::vector<BlockRun>& block_runs() const { return block_runs_; }
+
+  std::int64_t rows_of_logits() const { return rows_of_logits_; }
+
+  static constexpr std::int32_t kQueriesPerItem = 16;  // queries that one attention item folds together
+
+ private:
+  void cut_batch(const StepInput& in, const DecoderConfig& config, int threads);
+  bool cut_sequences(const StepInput& in, const DecoderConfig& config, std::int64_t count);
+  void set_parts(std::int64_t count, int threads);
+  void plan_attention(const StepInput& in, const DecoderConfig& config, Part& part);
+  void split_decodes(const StepInput& in, const DecoderConfig& config, std::int64_t threads);
+  void cut_items(const StepInput& in, Part& part);
+  void plan_read_ahead(const StepInput& in, const KvView& kv, Part& part);
+
+  std::vector<Part> parts_;
+  std::int64_t rows_of_logits_ = 0;
+  std::vector<AttentionItem> items_;
+  std::vector<AttentionMerge> merges_;
+  AlignedBuffer partials_;            // of the merges
+  std::vector<BlockRun> block_runs_;  // what attention reads of a layer, in the order of the items
+};
+
+}  // namespace fastllm
