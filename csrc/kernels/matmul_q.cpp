@@ -426,7 +426,7 @@ void unpacked(const Job& job, const Activations& x, const PanelScratch& scratch)
   for (int64_t panel = job.panel_begin; panel < job.panel_end; panel += kPanelsAtOnce) {
     const int panels = static_cast<int>(min_of(kPanelsAtOnce, job.panel_end - panel));
     Unpacked<line_bits(kind)> weights{scratch.bytes, scratch.scales, scratch.mins, x.kp, x.groups, 0,
-                                      nullptr,       nullptr,        job.ahead};
+                                      scratch.bytes, scratch.bytes,  job.ahead};
     if constexpr (kind == Unpack::u8) {
       weights.bytes = w->codes + panel * w->kp * kPanel;
       weights.next = weights.bytes + panels * w->kp * kPanel;
