@@ -9,7 +9,7 @@
 Each axis varies one thing; its points take turns, round by round, so that a change of the machine's pace
 meets all of them. A round generates with `LLM.generate` and takes its decode steps from `LLM.profile`: tokens
 per second, and where the time of a step went. The models are random, of llama's shape, in Q4_0
-(bench/models.py); the machine's limits are measured once for each number of threads.
+(bench/models.py); the machine's limits are measured before and after every axis, and the greatest count.
 
 Writes OUT.json (all rounds), OUT.md (tables) and OUT.svg (charts), after every round; a record of some axes
 replaces one of all. Run it on a machine that does nothing else: the record says how busy it was.
@@ -244,10 +244,15 @@ def run(options: argparse.Namespace) -> None:
     if longest < options.most_context and "context" in axes:
         print(f"{options.model}: contexts end at {longest} tokens", file=sys.stderr)
         options.most_context = longest
-    for threads in doubling(1, options.threads) if "threads" in axes else [options.threads]:
-        record["limits"][str(threads)] = limits.measure(threads, record["machine"]["isa"], 0.1)
-    for axis in axes:
-        measure_axis(record, axis, options)
+    counts = doubling(1, options.threads) if "threads" in axes else [options.threads]
+    for axis in ("", *axes):
+        if axis:
+            measure_axis(record, axis, options)
+        for threads in counts:
+            found = limits.measure(threads, record["machine"]["isa"], 0.1)
+            known = record["limits"].get(str(threads), found)
+            record["limits"][str(threads)] = {**found, **limits.greater(known, found)}
+    save(record, options.out)
 
 
 def main() -> None:

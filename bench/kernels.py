@@ -206,10 +206,7 @@ def main() -> None:
             for dtype in ("i16", "i8", "f16"):
                 figures += measure_attention(dtype, heads, options)
     after = {threads: limits.measure(threads, isa, seconds=0.1) for threads in counts}
-    found = {
-        threads: {name: max(before[threads][name], after[threads][name]) for name in ("int8", "fp32", "read")}
-        for threads in counts
-    }
+    found = {threads: limits.greater(before[threads], after[threads]) for threads in counts}
     for threads, limit in found.items():
         shown = f"int8 {limit['int8'] / 1e9:.0f}, fp32 {limit['fp32'] / 1e9:.0f} Gop/s"
         print(f"{threads} threads, {isa}: {shown}, reading {limit['read'] / 1e9:.1f} GB/s")

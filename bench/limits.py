@@ -68,6 +68,11 @@ def measure(threads: int, isa: str = "", seconds: float = 0.2, mebibytes: int = 
     }
 
 
+def greater(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """Of two measurements, what the machine can do: a neighbour slows down one of them at times."""
+    return {name: max(before[name], after[name]) for name in ("int8", "fp32", "read")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
