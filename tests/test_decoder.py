@@ -296,6 +296,22 @@ def test_batches_cut_into_parts(wide_file: Path, threads: int, count: int, long_
         np.testing.assert_array_equal(many.view(np.int32), one.view(np.int32))
 
 
+def test_a_sequence_may_read_what_another_writes_in_the_same_step(wide_file: Path) -> None:
+    texts = [tiny.tokens(48, seed=i) for i in range(20)]
+    tables = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(20)]
+    drawn = list(zip(texts, tables, strict=True))
+    chunks = [Chunk(text[24:], 24, table, [0, 23]) for text, table in drawn]
+    chunks += [Chunk(text[:24], 0, table, [23]) for text, table in drawn]
+    results = []
+    for threads in (1, 2, 4):
+        with executor(wide_file, threads=threads, max_model_len=256, max_num_seqs=40) as made:
+            _, logits = made.run(step_batch(chunks, 16), logits=True)
+            assert logits is not None
+            results.append(logits)
+    for logits in results[1:]:
+        np.testing.assert_array_equal(logits.view(np.int32), results[0].view(np.int32))
+
+
 def test_copied_blocks(wide_file: Path) -> None:
     tokens = tiny.tokens(40)
     with executor(wide_file, kv_cache_dtype="int8") as made:

@@ -33,7 +33,7 @@ void StepPlan::make(const StepInput& in, const DecoderConfig& config, const KvVi
   items_.clear();
   merges_.clear();
   block_runs_.clear();
-  cut_batch(in, config, threads);
+  cut_batch(in, config, kv.block_size, threads);
   rows_of_logits_ = 0;
   for (Part& part : parts_) {
     part.logits_at = rows_of_logits_;
@@ -54,11 +54,12 @@ const Part& StepPlan::part_of(int thread) const {
 
 // ---- parts -----------------------------------------------------------------------------------------------
 
-void StepPlan::cut_batch(const StepInput& in, const DecoderConfig& config, int threads) {
+void StepPlan::cut_batch(const StepInput& in, const DecoderConfig& config, std::int32_t block_size,
+                         int threads) {
   for (std::int64_t count = threads; count > 1; --count) {
     if (threads % count != 0 || in.tokens < count * kTokensWorthAPart || in.sequences < count) continue;
     set_parts(count, threads);
-    if (cut_sequences(in, config, count)) return;
+    if (cut_sequences(in, config, count) && !parts_meet(in, block_size)) return;
   }
   set_parts(1, threads);
   parts_[0].sequences = {0, in.sequences};
@@ -107,6 +108,31 @@ bool StepPlan::cut_sequences(const StepInput& in, const DecoderConfig& config, s
     if (part.rows.size() > part.tokens.size()) return false;  // a part's rows of h hold both
   }
   return row == in.rows;
+}
+
+// Whether a part reads or writes a block that another writes in this step: then all threads have to meet
+// between the writing and the reading of every layer.
+bool StepPlan::parts_meet(const StepInput& in, std::int32_t block_size) {
+  writers_.clear();
+  for (std::size_t i = 0; i < parts_.size(); ++i) {
+    for (std::int64_t t = parts_[i].tokens.begin; t < parts_[i].tokens.end; ++t) {
+      const auto block = static_cast<std::size_t>(in.slot_mapping[t] / block_size);
+      if (block >= writers_.size()) writers_.resize(block + 1, -1);
+      if (writers_[block] >= 0 && writers_[block] != static_cast<std::int32_t>(i)) return true;
+      writers_[block] = static_cast<std::int32_t>(i);
+    }
+  }
+  for (std::size_t i = 0; i < parts_.size(); ++i) {
+    for (std::int64_t s = parts_[i].sequences.begin; s < parts_[i].sequences.end; ++s) {
+      for (std::int64_t at = 0; at < ceil_div(in.seq_lens[s], block_size); ++at) {
+        const auto block = static_cast<std::size_t>(in.block_tables[s * in.max_blocks + at]);
+        if (block < writers_.size() && writers_[block] >= 0 &&
+            writers_[block] != static_cast<std::int32_t>(i))
+          return true;
+      }
+    }
+  }
+  return false;
 }
 
 // ---- attention -------------------------------------------------------------------------------------------

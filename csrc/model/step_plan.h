@@ -2,8 +2,9 @@
 //
 // A large batch is cut into parts of whole sequences, and the threads among them. Parts share the weights and
 // nothing else: their threads walk through the layers without ever waiting for each other, and what a thread
-// wrote stays in its cache. A small batch, or one that does not divide evenly, is one part of all threads,
-// whose products are cut by outputs instead. No result depends on it.
+// wrote stays in its cache. A small batch, one that does not divide evenly, or one in which a sequence reads
+// what another writes, is one part of all threads, whose products are cut by outputs instead. No result
+// depends on it.
 #pragma once
 
 #include <algorithm>
@@ -38,14 +39,15 @@ struct Range {
   std::int64_t size() const { return end - begin; }
 };
 
+// Some of the batch's sequences, and the threads that compute them.
 struct Part {
   Range threads;  // of the pool
   Range sequences, tokens, rows;
   Range items;
-  std::vector<std::int64_t>
-      cuts;                  // thread t takes items [cuts[t], cuts[t + 1]) first, then those that remain
-  Range runs;                // of blocks to read ahead
-  std::int32_t longest = 0;  // sequence
+  // Thread t takes items [cuts[t], cuts[t + 1]) first, then those that remain.
+  std::vector<std::int64_t> cuts;
+  Range runs;                               // of blocks to read ahead
+  std::int32_t longest = 0;                 // sequence
   std::int64_t rows_at_once = kRowsAtOnce;  // of logits
   std::int64_t logits_at = 0;               // the first of them
   std::unique_ptr<Team> team;               // null: the pool's own
@@ -91,7 +93,8 @@ class StepPlan {
   static constexpr std::int32_t kQueriesPerItem = 16;  // queries that one attention item folds together
 
  private:
-  void cut_batch(const StepInput& in, const DecoderConfig& config, int threads);
+  void cut_batch(const StepInput& in, const DecoderConfig& config, std::int32_t block_size, int threads);
+  bool parts_meet(const StepInput& in, std::int32_t block_size);
   bool cut_sequences(const StepInput& in, const DecoderConfig& config, std::int64_t count);
   void set_parts(std::int64_t count, int threads);
   void plan_attention(const StepInput& in, const DecoderConfig& config, Part& part);
@@ -100,6 +103,7 @@ class StepPlan {
   void plan_read_ahead(const StepInput& in, const KvView& kv, Part& part);
 
   std::vector<Part> parts_;
+  std::vector<std::int32_t> writers_;  // by block, the part that writes it; -1: none
   std::int64_t rows_of_logits_ = 0;
   std::vector<AttentionItem> items_;
   std::vector<AttentionMerge> merges_;
