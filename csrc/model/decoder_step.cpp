@@ -465,6 +465,7 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
     for (std::int64_t i = 0; i < config_.num_layers; ++i) run_layer(worker, in, i);
     yield_rows(worker, in, out);
   });
+  profile_.mark(Phase::wait);
   last_tokens_.assign(out.tokens, out.tokens + in.rows);
   // A row without a number has no token; who goes on from it all the same must not read outside the table.
   for (std::int32_t& token : last_tokens_) token = std::max(token, 0);

@@ -1,6 +1,6 @@
 // Where the time of a step goes: seconds per phase, as the thread that called step() sees them, the wait for
-// the other threads at a phase's end included. Off unless asked for; on it costs two clock reads a phase
-// (about 50 ns).
+// the other threads of its part at a phase's end included; the wait for other parts is a phase of its own,
+// the last. Off unless asked for; on it costs two clock reads a phase (about 50 ns).
 #pragma once
 
 #include <array>
@@ -21,12 +21,13 @@ enum class Phase {
   activation,
   down,
   head,
-  sample
+  sample,
+  wait
 };
 
-constexpr std::array<const char*, 12> kPhaseNames = {"prepare",    "embed",     "norm",   "qkv",
-                                                     "rope_kv",    "attention", "output", "gate_up",
-                                                     "activation", "down",      "head",   "sample"};
+constexpr std::array<const char*, 13> kPhaseNames = {
+    "prepare", "embed",      "norm", "qkv",  "rope_kv", "attention", "output",
+    "gate_up", "activation", "down", "head", "sample",  "wait"};
 
 class Profile {
  public:

@@ -28,6 +28,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention": ("attention",),
     "norm, rope, activation": ("norm", "rope_kv", "activation", "embed", "prepare"),
     "sampling": ("sample",),
+    "waiting for threads": ("wait",),
     "executor": ("executor",),
     "scheduling": ("scheduling",),
     "Python": ("python",),
@@ -36,6 +37,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 """What the table calls the parts, and which it takes together.
 
+waiting for threads: the first thread of the executor is done with its part of a large batch, another is not.
 executor: the whole call of an executor that has no phases. scheduling: choosing the tokens, building the
 batch and taking in its result. Python: texts and outputs. between steps: what hooks do at a step's end,
 handing outputs over and taking requests; where `Engine.step` is called directly, all that its caller does
