@@ -10,7 +10,7 @@
 Every measurement is a process of its own (programs that are slow to load wait between theirs), in the
 program's own environment. In each round of a row the programs take turns, so that a change of the machine's
 pace meets all of them. A peer's settings are all tried in the first rounds; the best one goes on. The
-machine's limits are measured before each row. Rows: bench/rows.py. Models: bench/models.py.
+machine's limits are measured in each round. Rows: bench/rows.py. Models: bench/models.py.
 
 Writes OUT.json (everything measured, after every round), OUT.md (the table) and OUT.svg (the chart). With
 --append the record grows; it must be of the same sources, files, versions and settings. Run it on a machine
@@ -152,12 +152,11 @@ def measure_row(
     """All rounds of one row, saved after each."""
     part = len(record["parts"]) - 1
     where = {"part": part, "model": model, "row": row.name}
-    record["limits"].append(
-        {**where, **limits.measure(options.threads, record["isa"], seconds=0.1, mebibytes=512)}
-    )
     trials = {program.name: Trial(row, program.settings(row), options.trial) for program in programs}
     for number in range(options.pairs):
         line = []
+        measured = limits.measure(options.threads, record["isa"], seconds=0.05, mebibytes=256)
+        record["limits"].append({**where, "round": number, **measured})
         for program in programs:
             starts = row.kind in ("load", "memory")
             if starts and program.slow_to_load and number >= options.slow_pairs:

@@ -82,6 +82,7 @@ def result(record: Record, model: str, row: Row) -> dict[str, Any]:
     """One row of the table."""
     found = figures(record, model, row)
     limits = _limits(record, model, row)
+    shown = {name: median(item[name] for item in limits.values()) for name in rows.ANCHOR_LIMITS}
     work = roofline.from_record(record["models"][model]["work"])
     peers = [name for name in found if name != FASTLLM]
     better = min if row.lower_is_better else max
@@ -89,12 +90,12 @@ def result(record: Record, model: str, row: Row) -> dict[str, Any]:
         "model": model,
         "row": row.name,
         "unit": row.unit,
-        "limits": limits,
+        "limits": shown,
         "programs": {},
     }
     limit, binding = None, None
     if not row.lower_is_better:
-        limit, binding = roofline.limit(row, work, limits, record["kv_cache_dtype"])
+        limit, binding = roofline.limit(row, work, shown, record["kv_cache_dtype"])
         out["limit"] = {"tokens_per_second": limit, "by": binding}
     for name, rounds in found.items():
         values = [item["value"] for item in rounds.values()]
@@ -110,17 +111,20 @@ def result(record: Record, model: str, row: Row) -> dict[str, Any]:
         pairs = ratios(row, found[FASTLLM], found[out["best_peer"]])
         if pairs:
             out["ratio"] = _interval(pairs)
-    out["checks"] = list(_checks(record, model, row, found, out))
     # The anchors are those of native builds.
     out["anchors"] = [] if record["isa"] else list(_anchors(model, row, work, out))
+    out["checks"] = list(_checks(record, model, row, found, out))
     return out
 
 
-def _limits(record: Record, model: str, row: Row) -> dict[str, float]:
-    """The greatest that were measured for this row; where there are none, in the whole record."""
-    here = [item for item in record["limits"] if (item["model"], item["row"]) == (model, row.name)]
-    among = here or record["limits"]
-    return {name: max(item[name] for item in among) for name in ("int8", "fp32", "read")}
+def _limits(record: Record, model: str, row: Row) -> dict[Round, dict[str, float]]:
+    """The machine's limits in every round of this row: its pace changes, and figures are held against what
+    it could do at that time."""
+    return {
+        (item["part"], item["round"]): {name: item[name] for name in rows.ANCHOR_LIMITS}
+        for item in record["limits"]
+        if (item["model"], item["row"]) == (model, row.name)
+    }
 
 
 def _checks(
@@ -141,7 +145,10 @@ def _checks(
     if bar is None or row.lower_is_better:
         return
     if "read" in bar.against:
-        reached = _interval([item["value"] / out["limit"]["tokens_per_second"] for item in ours.values()])
+        work = roofline.from_record(record["models"][model]["work"])
+        limits = _limits(record, model, row)
+        most = {key: roofline.limit(row, work, limits[key], record["kv_cache_dtype"])[0] for key in ours}
+        reached = _interval([item["value"] / most[key] for key, item in ours.items()])
         yield _at_least(f"of the {out['limit']['by']} limit", reached, bar.least, bar.goal)
         return
     there = [name for name in bar.against if name in found]
@@ -150,7 +157,29 @@ def _checks(
         reached = _interval(ratios(row, ours, found[name]) or [float("nan")])
         missing = [name for name in bar.against if name not in found]
         check = _at_least(f"× {name}", reached, bar.least, bar.goal)
+        credited = _credited(row, {name: found[name] for name in there}, ours, out["anchors"])
+        if credited:
+            check["credited"] = {**credited, "met": credited["value"] >= bar.least}
         yield {**check, "not_measured": missing} if missing else check
+
+
+def _credited(
+    row: Row,
+    theirs: dict[str, dict[Round, dict[str, Any]]],
+    ours: dict[Round, dict[str, Any]],
+    anchors: Sequence[dict[str, Any]],
+) -> dict[str, Any] | None:
+    """The ratio that remains when a peer below its anchor is given what it lacks; the least of them."""
+    lacking = {item["peer"]: rows.ANCHOR_SHARE / item["share"] for item in anchors if not item["valid"]}
+    left = {
+        name: _interval(ratios(row, ours, theirs[name]) or [float("nan")])["low"] / lacking[name]
+        for name in theirs
+        if name in lacking
+    }
+    if not left:
+        return None
+    least = min(left, key=left.__getitem__)
+    return {"peer": least, "factor": lacking[least], "value": left[least]}
 
 
 def _at_least(what: str, reached: dict[str, Any], least: float, goal: float) -> dict[str, Any]:

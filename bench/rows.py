@@ -128,8 +128,8 @@ LOAD_SECONDS_MOST = {"smollm2": 0.5, "1b": 3.0}  # LLM() to the first token, imp
 MEMORY_MOST = 1.25  # × (packed weights + KV cache), less what `import fastllm` holds
 FORMAT_LEAST = 0.85  # of the Q4_0 file's prefill; of its decode in proportion to the bytes read per token
 
-# What peers reached when the bars were set, and that machine's limits; of a range its middle. A run counts
-# where the peer comes to 85 % of that in relation to the limit.
+# What peers reached when the bars were set, and that machine's limits; of a range its middle. A peer that
+# comes to less than 85 % of that in relation to the limit gets what it lacks before the bar is held to it.
 ANCHOR_SHARE = 0.85
 ANCHOR_LIMITS = {"int8": 670e9, "read": 33e9}
 ANCHORS: dict[tuple[str, str], dict[str, float]] = {
