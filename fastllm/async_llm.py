@@ -51,6 +51,7 @@ class AsyncLLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         block_size: int = 16,
+        enable_prefix_caching: bool = True,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_tokens: int | None = None,
         threads: int | None = None,
@@ -68,6 +69,7 @@ class AsyncLLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
+            enable_prefix_caching=enable_prefix_caching,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_tokens=kv_cache_tokens,
             threads=threads,
@@ -115,7 +117,7 @@ class AsyncLLM:
             prompt: text, {"prompt": text} or {"prompt_token_ids": [ids]}.
             sampling_params: None: `SamplingParams()`.
             request_id: a name that no unfinished request has; None: one is made up.
-            priority: 0; requests are served in order of arrival.
+            priority: lower is served first, and may interrupt what is higher; equal ones go by arrival.
 
         Raises:
             RequestError: the prompt or the parameters are malformed.
@@ -128,7 +130,7 @@ class AsyncLLM:
         (params,) = parse_params(sampling_params, 1)
         inline = parsed.text is None or parsed.token_ids is not None or len(parsed.text) <= _INLINE_CHARACTERS
         work = _Preparation(parsed.text, lambda: tokenize(self._tokenizer, parsed), inline=inline)
-        return self._generate(work, params, request_id, priority)
+        return self._generate(work, params, request_id, priority, parsed.cache_salt)
 
     def chat(
         self,
@@ -141,6 +143,7 @@ class AsyncLLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation. The template is rendered off the event loop.
 
@@ -148,6 +151,7 @@ class AsyncLLM:
             messages: [{"role": "user", "content": "..."}, ...].
             add_generation_prompt, chat_template, chat_template_kwargs, tools: as for `LLM.chat`.
             sampling_params, request_id, priority: as for `generate`.
+            cache_salt: cached blocks are shared only with requests of the same one.
 
         Raises:
             As `generate` and `LLM.chat`.
@@ -165,10 +169,15 @@ class AsyncLLM:
             )
 
         work = _Preparation(None, render, inline=False)
-        return self._generate(work, params, request_id, priority)
+        return self._generate(work, params, request_id, priority, cache_salt)
 
     async def _generate(
-        self, work: _Preparation, params: SamplingParams, request_id: str | None, priority: int
+        self,
+        work: _Preparation,
+        params: SamplingParams,
+        request_id: str | None,
+        priority: int,
+        cache_salt: str | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         if request_id is None:
             request_id = f"fastllm-{next(self._numbers)}"
@@ -181,7 +190,7 @@ class AsyncLLM:
         mailbox = _AsyncMailbox(request_id, params.output_kind, bell)
         finished = False
         try:
-            self._thread.post(Admission(mailbox, work.text, ids, params, priority))
+            self._thread.post(Admission(mailbox, work.text, ids, params, priority, "", cache_salt))
             while not finished:
                 output = await mailbox.next()
                 finished = output.finished

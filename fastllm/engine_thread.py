@@ -134,6 +134,7 @@ class Admission:
     params: SamplingParams
     priority: int = 0
     place: str = ""
+    cache_salt: str | None = None
 
 
 class EngineThread:
@@ -342,6 +343,7 @@ class EngineThread:
                     item.params,
                     prompt=item.prompt,
                     priority=item.priority,
+                    cache_salt=item.cache_salt,
                 )
                 self._mail[item.mailbox.request_id] = item.mailbox
                 added.append(item)

@@ -23,6 +23,7 @@ from fastllm.prompts import (
     PromptType,
     parse_conversations,
     parse_params,
+    parse_priorities,
     parse_prompt,
     parse_prompts,
     render_chat,
@@ -58,6 +59,8 @@ class LLM:
         max_num_seqs: most sequences that run at once; others wait.
         max_num_batched_tokens: most tokens in a step, decodes and prompt chunks together.
         block_size: tokens per block of the KV cache: 16, 32 or 64.
+        enable_prefix_caching: compute what several requests begin with only once: full blocks of the KV cache
+            stay until their place is needed, and are found by their tokens. No answer depends on it.
         kv_cache_memory_bytes: size of the KV cache in bytes.
         kv_cache_tokens: the same in tokens, rounded up to whole blocks. With neither it takes what
             max_num_seqs sequences of max_model_len need, at most half of the free memory.
@@ -87,6 +90,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         block_size: int = 16,
+        enable_prefix_caching: bool = True,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_tokens: int | None = None,
         threads: int | None = None,
@@ -104,6 +108,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
+            enable_prefix_caching=enable_prefix_caching,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_tokens=kv_cache_tokens,
             threads=threads,
@@ -134,6 +139,7 @@ class LLM:
         prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts.
@@ -143,9 +149,11 @@ class LLM:
 
         Args:
             prompts: text, {"prompt": text}, {"prompt_token_ids": [ids]}, or a list of those. Text gets the
-                BOS that the model wants, and control tokens written out in it count as such.
+                BOS that the model wants, and control tokens written out in it count as such. An entry
+                "cache_salt" keeps cached blocks from being shared with prompts of another one.
             sampling_params: one for all, or a list with one for each prompt; None: `SamplingParams()`. Their
                 output_kind does not matter here.
+            priority: lower is served first, and may interrupt what is higher; one for all, or one for each.
             use_tqdm: show a progress bar; None: for several prompts that take more than a second, where
                 stderr is a terminal.
 
@@ -163,7 +171,7 @@ class LLM:
         params = parse_params(sampling_params, len(parsed))
         self._thread.check_health()
         ids = [tokenize(self._tokenizer, item, place) for item, place in zip(parsed, places, strict=True)]
-        return self._run(parsed, ids, params, places, use_tqdm)
+        return self._run(parsed, ids, params, places, parse_priorities(priority, len(parsed)), use_tqdm)
 
     def chat(
         self,
@@ -174,6 +182,8 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations.
@@ -187,6 +197,8 @@ class LLM:
             chat_template: jinja2 source, or the name of one of the model's templates, instead of its default.
             chat_template_kwargs: further values for the template; names that it does not read are refused.
             tools: JSON schemas for templates that offer tools to the model.
+            priority: as for `generate`.
+            cache_salt: cached blocks are shared only with conversations of the same one.
             use_tqdm: as for `generate`.
 
         Returns:
@@ -216,9 +228,9 @@ class LLM:
                 if several:
                     error.args = (f"messages[{index}]: {error}",)
                 raise
-        prompts = [Prompt(None)] * len(conversations)
+        prompts = [Prompt(None, None, cache_salt)] * len(conversations)
         places = [f"messages[{index}]" if several else "" for index in range(len(conversations))]
-        return self._run(prompts, ids, params, places, use_tqdm)
+        return self._run(prompts, ids, params, places, parse_priorities(priority, len(prompts)), use_tqdm)
 
     def stream(
         self, prompt: PromptType, sampling_params: SamplingParams | None = None
@@ -242,7 +254,9 @@ class LLM:
         mailbox = Mailbox(self._next_id(), params.output_kind, call)
         finished = False
         try:
-            self._thread.admit([Admission(mailbox, prompt.text, ids, params)]).result()
+            self._thread.admit(
+                [Admission(mailbox, prompt.text, ids, params, cache_salt=prompt.cache_salt)]
+            ).result()
             while not finished:
                 output = call.next().take()
                 if output is not None:
@@ -259,6 +273,7 @@ class LLM:
         ids: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
         places: Sequence[str],
+        priorities: Sequence[int],
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
         """Admit a batch and wait for all of it."""
@@ -270,9 +285,13 @@ class LLM:
                 prompt.text,
                 tokens,
                 final[id(given)],
-                place=place,
+                priority,
+                place,
+                prompt.cache_salt,
             )
-            for prompt, tokens, given, place in zip(prompts, ids, params, places, strict=True)
+            for prompt, tokens, given, priority, place in zip(
+                prompts, ids, params, priorities, places, strict=True
+            )
         ]
         outputs: dict[str, RequestOutput] = {}
         progress = _Progress(len(batch), use_tqdm)

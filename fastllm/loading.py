@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import operator
 import os
@@ -28,6 +29,7 @@ KV_CACHE_DTYPES = {"auto": "int16"} | {name: name for name in ("int16", "int8", 
 QUANTIZATIONS = ("int4", "int8")
 BLOCK_SIZES = (16, 32, 64)
 _INT32_MAX = 2**31 - 1
+_FINGERPRINT_BYTES = 64  # of a tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class ModelOptions:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     block_size: int = 16
+    enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None
     kv_cache_tokens: int | None = None
     threads: int | None = None
@@ -63,6 +66,8 @@ class ModelOptions:
         _choice("quantization", self.quantization, (None, *QUANTIZATIONS))
         _choice("kv_cache_dtype", self.kv_cache_dtype, tuple(KV_CACHE_DTYPES))
         _choice("block_size", self.block_size, BLOCK_SIZES)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
         _count("max_num_seqs", self.max_num_seqs, 1, 65536)
         _count("max_num_batched_tokens", self.max_num_batched_tokens, 1, _INT32_MAX)
         _count("seed", self.seed, -(2**63), 2**64 - 1)
@@ -121,9 +126,10 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
             )
         tokenizer = _tokenizer(options, checkpoint)
         executor = _executor(options, checkpoint, spec)
+        identity = f"{fingerprint(checkpoint, spec)} {options.quantization} {options.kv_cache_dtype}"
     try:
         max_model_len = _max_model_len(options, spec, executor)
-        engine = _engine(options, spec, executor, tokenizer, max_model_len, hooks)
+        engine = _engine(options, spec, executor, tokenizer, max_model_len, identity, hooks)
     except BaseException:
         executor.close()
         raise
@@ -146,6 +152,19 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
         executor.kv_cache_bytes,
         executor.threads,
     )
+
+
+def fingerprint(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
+    """What tells a model from others, in hexadecimal: the same for every copy of its files.
+
+    SHA-256 over the decoder's description and, of every tensor, its name, type, shape and first bytes: made
+    in a millisecond, where reading all of the weights takes seconds.
+    """
+    digest = hashlib.sha256(repr(sorted(spec.as_dict().items())).encode())
+    for name, tensor in checkpoint.tensors.items():
+        digest.update(f"\n{name} {tensor.dtype} {tensor.shape} ".encode())
+        digest.update(tensor.data[:_FINGERPRINT_BYTES].tobytes())
+    return digest.hexdigest()
 
 
 def read_tokenizer(reference: str | os.PathLike[str], *, progress: bool = True) -> Tokenizer:
@@ -224,6 +243,7 @@ def _engine(
     executor: CpuExecutor,
     tokenizer: Tokenizer,
     max_model_len: int,
+    identity: str,
     hooks: Sequence[EngineHook],
 ) -> Engine:
     from fastllm.engine.engine import Engine, EngineConfig
@@ -235,6 +255,8 @@ def _engine(
         block_size=options.block_size,
         vocab_size=spec.vocab_size,
         seed=options.seed,
+        enable_prefix_caching=options.enable_prefix_caching,
+        cache_identity=identity,
     )
     return Engine(executor, tokenizer, config, hooks)
 

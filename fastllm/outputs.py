@@ -41,6 +41,8 @@ class RequestMetrics:
         finished_time: when its last sequence ended; None before.
         num_preemptions: how often a sequence of it lost its blocks and was recomputed.
         num_generated_tokens: tokens generated so far, over all its sequences.
+        num_cached_tokens: prompt tokens that were found in the prefix cache instead of computed. What a
+            preempted request finds again does not count.
     """
 
     arrival_time: float
@@ -50,6 +52,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
     num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:
@@ -104,7 +107,7 @@ class RequestOutput:
         outputs: its sequences in order of index: all of them, or with DELTA those with something new.
         finished: whether all its sequences have ended.
         metrics: its times and counts; None where the engine keeps none.
-        num_cached_tokens: prompt tokens that were found in a cache instead of computed.
+        num_cached_tokens: prompt tokens that were found in the prefix cache instead of computed.
         seed: the seed that its random streams are keyed by, given or drawn: the same prompt and parameters
             with this seed give the same answer again.
     """

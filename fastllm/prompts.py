@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from fastllm.formats.tokenizer import Tokenizer
 
 
-class TextPrompt(TypedDict):
+class _Prompt(TypedDict, total=False):
+    cache_salt: str | None  # cached blocks are shared only with prompts of the same one
+
+
+class TextPrompt(_Prompt):
     """A prompt as text. Control tokens written out in it (`<|im_end|>`) become those tokens."""
 
     prompt: str
 
 
-class TokensPrompt(TypedDict):
+class TokensPrompt(_Prompt):
     """A prompt as token ids, taken as they are: no BOS is added."""
 
     prompt_token_ids: Sequence[int]
@@ -29,6 +33,7 @@ class TokensPrompt(TypedDict):
 PromptType: TypeAlias = "str | TextPrompt | TokensPrompt"
 Message: TypeAlias = Mapping[str, Any]  # role, content, and what else a chat template reads
 
+_ENTRIES = ("prompt", "prompt_token_ids", "cache_salt")
 PROMPT_FORMS = 'a text, {"prompt": text} or {"prompt_token_ids": [ids]}'
 # Names that the caller of a chat template sets by other means.
 _RESERVED = frozenset(
@@ -45,6 +50,7 @@ class Prompt:
 
     text: str | None
     token_ids: Sequence[int] | None = None
+    cache_salt: str | None = None
 
 
 def parse_prompt(value: object, place: str = "prompt") -> Prompt:
@@ -63,20 +69,23 @@ def parse_prompt(value: object, place: str = "prompt") -> Prompt:
         if _is_token_ids(value):
             raise RequestError(place, value, '{"prompt_token_ids": [ids]} for token ids')
         raise RequestError(place, value, PROMPT_FORMS)
-    unknown = sorted(str(key) for key in value if key not in ("prompt", "prompt_token_ids"))
+    unknown = sorted(str(key) for key in value if key not in _ENTRIES)
     if unknown:
         raise RequestError(f"{place}: {unknown[0]}", value[unknown[0]], "no such entry; " + PROMPT_FORMS)
     text = value.get("prompt")
     ids = value.get("prompt_token_ids")
+    salt = value.get("cache_salt")
+    if salt is not None and not isinstance(salt, str):
+        raise RequestError(f"{place}: cache_salt", salt, "a text")
     if text is not None and not isinstance(text, str):
         raise RequestError(f"{place}: prompt", text, "a text")
     if ids is None:
         if text is None:
             raise RequestError(place, value, PROMPT_FORMS)
-        return Prompt(text)
+        return Prompt(text, None, salt)
     if isinstance(ids, (str, bytes, Mapping)) or not hasattr(ids, "__len__"):
         raise RequestError(f"{place}: prompt_token_ids", ids, "a list of token ids")
-    return Prompt(text, ids)
+    return Prompt(text, ids, salt)
 
 
 def parse_prompts(value: object) -> list[Prompt]:
@@ -105,6 +114,16 @@ def parse_params(value: object, count: int) -> list[SamplingParams]:
         raise RequestError(
             "sampling_params", f"{len(value)} of them", f"one for all or {count}, one for each prompt"
         )
+    return list(value)
+
+
+def parse_priorities(value: object, count: int) -> list[int]:
+    """Priorities for `count` prompts: one for all, or one for each. The engine looks at their range."""
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return [value] * count  # type: ignore[list-item]  # whatever it is: the engine says so
+    if len(value) != count:
+        limit = f"one for all or {count}, one for each prompt"
+        raise RequestError("priority", f"{len(value)} of them", limit)
     return list(value)
 
 

@@ -125,6 +125,8 @@ class FakeExecutor:
         self.values = np.random.default_rng(3).integers(0, 2**63, num_blocks * block_size, dtype=np.uint64)
         self.tokens = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.num_steps = 0
+        self.num_copies = 0
+        self.num_tokens = 0
         self.num_closed = 0
         self.reported: list[tuple[int, int]] = []
         self.max_tokens_seen = 0
@@ -154,6 +156,12 @@ class FakeExecutor:
     def run(self, batch: StepBatch) -> StepResult:
         check_shapes(batch, self.block_size, self.num_blocks, self.vocab_size)
         self.num_steps += 1
+        for source, target in batch.copy_blocks.tolist():
+            for store in (self.values, self.tokens):
+                blocks = store.reshape(self.num_blocks, self.block_size)
+                blocks[target] = blocks[source]
+        self.num_copies += len(batch.copy_blocks)
+        self.num_tokens += len(batch.token_ids)
         self.max_tokens_seen = max(self.max_tokens_seen, len(batch.token_ids))
         contexts = np.zeros(len(batch.token_ids), dtype=np.uint64)
         for s in range(len(batch.seq_lens)):
@@ -253,7 +261,11 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
         assert array.flags.c_contiguous, name
     assert batch.block_tables.dtype == np.int32
     assert batch.block_tables.flags.c_contiguous
-    assert batch.copy_blocks.shape == (0, 2)
+    assert batch.copy_blocks.dtype == np.int32
+    assert batch.copy_blocks.flags.c_contiguous
+    assert batch.copy_blocks.shape == (len(batch.copy_blocks), 2)
+    assert ((batch.copy_blocks >= 0) & (batch.copy_blocks < num_blocks)).all()
+    assert not set(batch.copy_blocks[:, 0].tolist()) & set(batch.copy_blocks[:, 1].tolist())
     assert batch.query_start[0] == 0
     assert batch.query_start[-1] == tokens > 0
     assert (batch.adapter == -1).all()
@@ -268,7 +280,9 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
         assert ((table >= 0) & (table < num_blocks)).all()
         slots = table[expected // block_size] * block_size + expected % block_size
         assert (batch.slot_mapping[first:stop] == slots).all()
-    assert (np.diff(batch.row_token) > 0).all()
+    assert (np.diff(batch.row_token) >= 0).all()  # the same for those that sample from one prompt
+    keys = list(zip(batch.row_token.tolist(), batch.sample_index.tolist(), strict=True))
+    assert len(set(keys)) == rows, "two rows with one key"
     for r in range(rows):
         s, t = batch.row_seq[r], batch.row_token[r]
         assert batch.query_start[s] <= t < batch.query_start[s + 1]

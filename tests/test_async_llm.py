@@ -144,7 +144,7 @@ async def test_the_errors_of_a_request() -> None:
             ("b" * 100, GREEDY, {}, "prompt within"),
             ("\n", GREEDY, {}, "prompt: expected text"),
             ("", GREEDY, {}, "prompt: expected a text of at least one token"),
-            ("a", GREEDY, {"priority": 1}, "priority"),
+            ("a", GREEDY, {"priority": 1.5}, "priority"),
             ("a", GREEDY, {"request_id": ""}, "request_id"),
             ("a", SamplingParams(stop_token_ids=[VOCAB]), {}, "stop_token_ids"),
         ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -113,13 +113,16 @@ def test_blocks_for(tokens: int, block_size: int) -> None:
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Tables come and go; the model is the list of tables."""
+    """Tables come and go, blocks are remembered and found; the model is the list of tables, what each hash
+    stands for, and the order in which blocks that nobody holds were given up."""
 
     @initialize(blocks=st.integers(1, 12))
     def start(self, blocks: int) -> None:
         self.blocks = blocks
         self.pool = BlockPool(blocks, 4)
         self.tables: list[list[int]] = []
+        self.known: dict[bytes, int] = {}
+        self.idle: list[int] = []
 
     @rule(count=st.integers(0, 6))
     def allocate(self, count: int) -> None:
@@ -130,6 +133,10 @@ class BlockPoolMachine(RuleBasedStateMachine):
             held = {block for other in self.tables for block in other}
             assert len(set(table)) == count
             assert not held & set(table)
+            without_content = self.blocks - len(held) - len(self.idle)
+            most = max(count - without_content, 0)
+            lost, self.idle = self.idle[:most], self.idle[most:]
+            self.known = {content: block for content, block in self.known.items() if block not in lost}
             self.tables.append(table)
         else:
             with pytest.raises(CapacityError):
@@ -148,6 +155,37 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def free(self, data: st.DataObject) -> None:
         table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
         self.pool.free(table)
+        held = {block for other in self.tables for block in other}
+        for block in dict.fromkeys(reversed(table)):
+            if block in self.known.values() and block not in held:
+                self.idle.append(block)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data(), content=st.sampled_from([b"u", b"v", b"w", b"x", b"y", b"z"]))
+    def remember(self, data: st.DataObject, content: bytes) -> None:
+        table = data.draw(st.sampled_from(self.tables))
+        assume(table)
+        block = data.draw(st.sampled_from(table))
+        self.pool.remember_blocks([block], [content])
+        if content not in self.known and block not in self.known.values():
+            self.known[content] = block
+
+    @rule(contents=st.lists(st.sampled_from([b"u", b"v", b"w", b"x", b"y", b"z"]), max_size=4))
+    def take(self, contents: list[bytes]) -> None:
+        expected = []
+        for content in contents:
+            if content not in self.known:
+                break
+            expected.append(self.known[content])
+        assert self.pool.find_blocks(contents) == expected
+        assert self.pool.take_blocks(contents) == expected
+        self.idle = [block for block in self.idle if block not in expected]
+        self.tables.append(expected)
+
+    @rule()
+    def reset(self) -> None:
+        self.pool.reset_prefix_cache()
+        self.known, self.idle = {}, []
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -164,6 +202,9 @@ class BlockPoolMachine(RuleBasedStateMachine):
             self.pool.check(self.tables)
             held = {block for table in self.tables for block in table}
             assert self.pool.num_free == self.blocks - len(held)
+            assert self.pool.num_cached == len(self.known)
+            for content, block in self.known.items():
+                assert self.pool.find_blocks([content]) == [block]
 
     def teardown(self) -> None:
         if hasattr(self, "pool"):

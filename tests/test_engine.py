@@ -94,7 +94,12 @@ def final(engine: Engine, request_id: str = "a") -> RequestOutput:
         ({"params": SamplingParams(stop_token_ids=[VOCAB])}, "stop_token_ids"),
         ({"params": SamplingParams(logit_bias={VOCAB: 1})}, "logit_bias"),
         ({"params": SamplingParams(min_tokens=1, stop_token_ids=range(VOCAB))}, "min_tokens"),
-        ({"priority": 1}, "priority"),
+        ({"priority": True}, "priority"),
+        ({"priority": 1.5}, "priority"),
+        ({"priority": 10**9}, "priority"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": 5}, "cache_salt"),
+        ({"cache_salt": "x" * 2000}, "cache_salt"),
     ],
 )
 def test_a_bad_request_is_refused_alone(arguments: dict[str, Any], field: str) -> None:
@@ -408,7 +413,9 @@ def test_abort_gives_a_last_output_and_all_blocks_back(kind: RequestOutputKind, 
     for _ in range(steps):
         moved.step()
     assert sum(map(len, tokens)) == sum(
-        item.num_output for item in moved.scheduler.running if item.request_id == "a"
+        item.num_output
+        for item in (*moved.scheduler.running, *moved.scheduler.waiting)
+        if item.request_id == "a"
     )
     metrics = last.metrics
     assert metrics.num_generated_tokens == sum(map(len, tokens))

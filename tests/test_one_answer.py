@@ -58,9 +58,9 @@ def params(index: int, max_tokens: int = 12) -> SamplingParams:
     )
 
 
-def fingerprint(output: RequestOutput) -> list[tuple[int, list[tuple[int, int]]]]:
+def fingerprint(output: RequestOutput, index: int = 0) -> list[tuple[int, list[tuple[int, int]]]]:
     """Token ids with the bits of every reported log-probability."""
-    completion = output.outputs[0]
+    completion = output.outputs[index]
     assert completion.logprobs is not None
     steps = []
     for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
@@ -72,7 +72,7 @@ def fingerprint(output: RequestOutput) -> list[tuple[int, list[tuple[int, int]]]
 @pytest.fixture(scope="module")
 def alone(default_model_path: Path) -> list[Any]:
     """64 answers, each from a request that had the engine to itself, on one thread."""
-    with LLM(default_model_path, max_model_len=512, threads=1) as llm:
+    with LLM(default_model_path, max_model_len=512, threads=1, enable_prefix_caching=False) as llm:
         return [fingerprint(llm.generate(prompt, params(i))[0]) for i, prompt in enumerate(prompts(64))]
 
 
@@ -83,6 +83,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "one-thread": {"threads": 1},
     "more-threads-than-processors": {"threads": 5},
     "other-blocks": {"block_size": 64},
+    "nothing-shared": {"enable_prefix_caching": False},
 }
 
 
@@ -98,6 +99,31 @@ def test_64_prompts_together_give_what_each_gives_alone(
         assert sum(output.metrics.num_preemptions for output in outputs) > 0
     for output, expected in zip(outputs, alone, strict=False):
         assert fingerprint(output) == expected
+
+
+def test_a_prefix_hit_changes_no_bit(alone: list[Any], default_model_path: Path) -> None:
+    with LLM(default_model_path, max_model_len=512) as llm:
+        for time in range(3):
+            outputs = llm.generate(prompts(64), [params(i) for i in range(64)])
+            cached = [output.num_cached_tokens for output in outputs]
+            assert max(cached) >= (0 if time == 0 else 48), cached
+            for output, expected in zip(outputs, alone, strict=True):
+                assert fingerprint(output) == expected
+
+
+def test_several_sequences_share_a_prompt_and_change_no_bit(default_model_path: Path) -> None:
+    """Blocks of the prompt are shared, and copied where a sequence writes to one."""
+    asked = [SamplingParams(n=5, temperature=0.9, seed=i, max_tokens=20, logprobs=1) for i in range(4)]
+    texts = prompts(4)
+    answers = []
+    with LLM(default_model_path, max_model_len=256, threads=1, max_num_seqs=1) as llm:
+        answers.append([llm.generate(text, given)[0] for text, given in zip(texts, asked, strict=True)])
+    with LLM(default_model_path, max_model_len=256) as llm:
+        answers.append(llm.generate(texts, asked))
+    for one, other in zip(*answers, strict=True):
+        found = [fingerprint(one, index) for index in range(5)]
+        assert found == [fingerprint(other, index) for index in range(5)]
+        assert len({item.text for item in other.outputs}) > 1
 
 
 RUN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastllm.engine.scheduler import Scheduler
-from fastllm.engine.sequence import Sequence, pack_token_ids
+from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
 from fastllm.errors import CapacityError, RequestError
 from fastllm.executor.base import StepResult
 from fastllm.sampling_params import SamplingParams
@@ -22,7 +23,13 @@ VOCAB = len(PIECES)
 
 
 def make(
-    *, num_blocks: int = 64, block_size: int = 4, seqs: int = 8, budget: int = 16, length: int = 200
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    seqs: int = 8,
+    budget: int = 16,
+    length: int = 200,
+    **more: float,
 ) -> Scheduler:
     return Scheduler(
         num_blocks=num_blocks,
@@ -31,7 +38,11 @@ def make(
         max_num_batched_tokens=budget,
         max_model_len=length,
         vocab_size=VOCAB,
+        **more,
     )
+
+
+ROOT = prefix_root("a model")
 
 
 def sequence(name: str, prompt: list[int], params: SamplingParams, **more: Any) -> Sequence:
@@ -225,6 +236,88 @@ def test_a_step_is_at_most_the_budget_and_runs_at_most_max_num_seqs() -> None:
         most = max(most, scheduler.num_running)
     assert executor.max_tokens_seen == 5
     assert most == 3
+
+
+# ---- priorities ------------------------------------------------------------------------------------------
+
+
+def admitted_in(scheduler: Scheduler, executor: FakeExecutor) -> list[str]:
+    """The names in the order of their first admission, until all are done."""
+    names = []
+    while scheduler.has_unfinished():
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.check()
+        names += [item.request_id for item in scheduler.admitted if item.num_preemptions == 0]
+        scheduler.update(executor.run(batch))
+    return names
+
+
+def test_what_is_more_important_is_served_first() -> None:
+    scheduler = make(seqs=1)
+    for name, priority in (("low", 5), ("first", 0), ("second", 0), ("high", -1)):
+        scheduler.add(sequence(name, [2], LONG, priority=priority))
+    assert admitted_in(scheduler, executor_of(scheduler)) == ["high", "first", "second", "low"]
+
+
+@pytest.mark.parametrize("short_of", ["seats", "blocks"])
+def test_what_is_more_important_takes_the_place_of_what_is_less(short_of: str) -> None:
+    scheduler = make(seqs=2) if short_of == "seats" else make(num_blocks=7, budget=32)
+    executor = executor_of(scheduler)
+    low = [sequence(f"low {i}", [3 + i] * 6, LONG, priority=1) for i in range(2)]
+    for item in low:
+        scheduler.add(item)
+    step(scheduler, executor)
+    high = sequence("high", [2] * 9, LONG)
+    scheduler.add(high, 5.0)
+    scheduler.schedule()
+    scheduler.check()
+    assert scheduler.preempted == [low[1]]
+    assert [item.state for item in (*low, high)] == ["running", "preempted", "running"]
+    scheduler.rollback()
+    drain(scheduler, executor)
+    for item in (*low, high):
+        prompt = item.token_ids[: item.num_prompt]
+        assert item.output_token_ids == expected_tokens(prompt, LONG, item.length_limit)[0]
+    assert high.num_preemptions == 0
+
+
+def test_equals_are_not_preempted_for_a_newcomer() -> None:
+    scheduler = make(seqs=1)
+    executor = executor_of(scheduler)
+    scheduler.add(sequence("first", [2], LONG))
+    step(scheduler, executor)
+    scheduler.add(sequence("second", [2], LONG))
+    step(scheduler, executor)
+    assert not scheduler.preempted
+
+
+def test_nothing_is_preempted_in_vain() -> None:
+    """What is more important does not fit even if all that is less goes: nobody makes room for it."""
+    scheduler = make(num_blocks=6, budget=32)
+    executor = executor_of(scheduler)
+    equal = sequence("equal", [2] * 12, LONG)
+    low = sequence("low", [3] * 4, LONG, priority=1)
+    scheduler.add(equal)
+    scheduler.add(low)
+    step(scheduler, executor)
+    scheduler.add(sequence("high", [4] * 16, LONG), 1.0)
+    step(scheduler, executor)
+    assert not scheduler.preempted
+
+
+def test_the_lowest_priority_is_served_under_endless_higher_load() -> None:
+    scheduler = make(seqs=2, priority_interval=10.0)
+    executor = executor_of(scheduler)
+    low = sequence("low", [2, 3], LONG, priority=3)
+    scheduler.add(low)
+    now = 0.0
+    while low.finish_reason is None and now < 100:
+        now += 0.5
+        scheduler.add(sequence(f"high at {now}", [3], SamplingParams(max_tokens=5, ignore_eos=True)), now)
+        step(scheduler, executor)
+    assert low.finish_reason == "length"
+    assert now > 30  # three levels of ten seconds
 
 
 # ---- endings --------------------------------------------------------------------------------------------
@@ -481,13 +574,16 @@ def test_prompt_logprobs_are_not_reported_again_after_a_preemption() -> None:
 def test_only_one_sequence_of_a_request_reports_the_prompt() -> None:
     scheduler = make()
     params = SamplingParams(prompt_logprobs=1, max_tokens=1, n=2)
-    scheduler.add(sequence("a", [2, 3, 4], params, index=0))
-    scheduler.add(sequence("a", [2, 3, 4], params, index=1, report_prompt=False))
+    first = sequence("a", [2, 3, 4], params, index=0)
+    second = sequence("a", [2, 3, 4], params, index=1, report_prompt=False)
+    scheduler.add(first, 0.0, [second])
     batch = scheduler.schedule()
     assert batch is not None
+    assert batch.token_ids.tolist() == [2, 3, 4]
     assert batch.row_kind.tolist() == [1, 1, 0, 0]
     assert batch.row_target.tolist() == [3, 4, -1, -1]
-    assert batch.row_seq.tolist() == [0, 0, 0, 1]
+    assert batch.row_seq.tolist() == [0, 0, 0, 0]
+    assert batch.row_token.tolist() == [0, 1, 2, 2]
     assert batch.sample_index.tolist() == [0, 0, 0, 1]
 
 
@@ -619,8 +715,15 @@ class Live:
     stopped_at: int | None = field(default=None)
 
 
+shared_prompts = st.tuples(
+    st.sampled_from([[2, 3, 4, 5, 6, 7, 8, 2, 3, 4], [3] * 12]), st.integers(1, 12), prompt_strategy
+).map(lambda parts: (parts[0][: parts[1]] + parts[2])[:14])
+"""Prompts of which many begin alike."""
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, run, are stopped and aborted at any moment, also while a step is in flight."""
+    """Requests of one or several sequences come, run, are stopped and aborted at any moment, also while a
+    step is in flight; blocks are shared, copied, forgotten."""
 
     @initialize(
         blocks=st.integers(2, 14),
@@ -631,22 +734,39 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, blocks: int, size: int, seqs: int, budget: int, length: int) -> None:
         self.scheduler = make(num_blocks=blocks, block_size=size, seqs=seqs, budget=budget, length=length)
+        self.scheduler.pool.events = []
         self.executor = executor_of(self.scheduler)
         self.live: list[Live] = []
         self.ended: list[Live] = []
         self.count = 0
+        self.now = 0.0
+        self.known: set[bytes] = set()
 
-    @rule(prompt=prompt_strategy, params=params_strategy)
-    def submit(self, prompt: list[int], params: SamplingParams) -> None:
-        item = sequence(str(self.count), prompt, params, index=self.count % 4, seed=self.count)
+    @rule(
+        prompt=prompt_strategy | shared_prompts,
+        params=params_strategy,
+        n=st.sampled_from([1, 1, 2, 4]),
+        priority=st.sampled_from([0, 0, 0, -1, 2]),
+        salt=st.sampled_from([None, "", "", "salt"]),
+        later=st.sampled_from([0.0, 1.0, 30.0]),
+    )
+    def submit(
+        self, prompt: list[int], params: SamplingParams, n: int, priority: int, salt: str | None, later: float
+    ) -> None:
+        self.now += later
+        root = None if salt is None else prefix_root(ROOT, salt)
+        items = []
+        for index in range(n):
+            more = {"index": index, "seed": self.count, "report_prompt": index == 0}
+            items.append(sequence(str(self.count), prompt, params, priority=priority, root=root, **more))
         self.count += 1
         pool = self.scheduler.pool
         if len(prompt) >= self.scheduler.max_model_len or len(prompt) > pool.num_blocks * pool.block_size:
             with pytest.raises(CapacityError):
-                self.scheduler.add(item)
+                self.scheduler.add(items[0], self.now, items[1:])
         else:
-            self.scheduler.add(item)
-            self.live.append(Live(item, prompt, params))
+            self.scheduler.add(items[0], self.now, items[1:])
+            self.live += [Live(item, prompt, params) for item in items]
 
     def _execute(self) -> None:
         batch = self.scheduler.in_flight
@@ -710,6 +830,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.abort(one.item)
         self.ended.append(one)
 
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.scheduler.pool.reset_prefix_cache()
+        assert self.scheduler.pool.num_cached == 0
+
     @precondition(lambda self: self.live and self.scheduler.in_flight is None)
     @rule(data=st.data())
     def stop_string(self, data: st.DataObject) -> None:
@@ -726,10 +851,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check()
+        self._follow_events()
         alive = {one.item for one in self.live}
         assert alive == {*self.scheduler.running, *self.scheduler.waiting}
         if not alive and self.scheduler.in_flight is None:
             assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks
+
+    def _follow_events(self) -> None:
+        """What a router outside would believe of the cache, from the events alone."""
+        events, self.scheduler.pool.events = self.scheduler.pool.events, []
+        assert events is not None
+        for event in events:
+            if isinstance(event, bytes):
+                self.known.remove(event)
+            else:
+                content, before, tokens = event
+                assert content == sha256(before + np.array(tokens, "<i4").tobytes()).digest()
+                assert content not in self.known
+                self.known.add(content)
+        assert len(self.known) == self.scheduler.pool.num_cached
+        assert all(self.scheduler.pool.find_blocks([content]) for content in self.known)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

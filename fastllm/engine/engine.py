@@ -29,7 +29,7 @@ from fastllm.engine.interrupt import InterruptGuard
 from fastllm.engine.profile import Profile
 from fastllm.engine.request import Request
 from fastllm.engine.scheduler import Scheduler
-from fastllm.engine.sequence import Sequence, pack_token_ids
+from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
 from fastllm.engine.stop import StopStrings
 from fastllm.errors import EngineDeadError, RequestError
 from fastllm.executor.base import Executor, StepResult
@@ -37,6 +37,9 @@ from fastllm.outputs import RequestOutput
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+MAX_PRIORITY = 1_000_000
+MAX_SALT_CHARACTERS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,11 @@ class EngineConfig:
             executor's is refused.
         vocab_size: token ids are below it; None: the tokenizer's.
         seed: where the seeds of requests without one come from.
+        enable_prefix_caching: share blocks between requests that begin with the same tokens, and keep those
+            of ended ones for as long as nobody needs them.
+        cache_identity: what stands for model and kind of KV cache in the hashes of shared blocks: engines
+            with the same one name the same contents alike.
+        priority_interval: seconds of waiting that make up for one level of priority.
     """
 
     max_model_len: int
@@ -59,6 +67,9 @@ class EngineConfig:
     block_size: int | None = None
     vocab_size: int | None = None
     seed: int = 0
+    enable_prefix_caching: bool = True
+    cache_identity: str = ""
+    priority_interval: float = 10.0
 
 
 class Engine:
@@ -97,7 +108,9 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
             vocab_size=tokenizer.vocab_size if config.vocab_size is None else config.vocab_size,
+            priority_interval=config.priority_interval,
         )
+        self._root = prefix_root("fastllm", config.cache_identity, executor.block_size)
         self._executor = executor
         self._tokenizer = tokenizer
         self._eos_token_ids = sorted(tokenizer.eos_token_ids)
@@ -127,15 +140,19 @@ class Engine:
         *,
         prompt: str | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
-        """Put a request at the end of the queue. A request that is refused changes nothing.
+        """Put a request into the queue. A request that is refused changes nothing.
 
         Args:
             request_id: a name that no unfinished request has.
             prompt_token_ids: at least one id.
             params: how to sample.
             prompt: the prompt's text, handed on to the outputs.
-            priority: 0; requests are served in order of arrival.
+            priority: lower is served first, and may take the place of running requests that are higher; equal
+                ones are served in order of arrival. A level counts for `EngineConfig.priority_interval`
+                seconds of waiting, so that nothing waits for ever.
+            cache_salt: requests share cached blocks only with others of the same salt; None is one too.
 
         Raises:
             RequestError: an argument is invalid.
@@ -151,8 +168,9 @@ class Engine:
             raise RequestError("request_id", request_id, "a name that no unfinished request has")
         if not isinstance(params, SamplingParams):
             raise RequestError("params", params, "SamplingParams")
-        if isinstance(priority, bool) or priority != 0:
-            raise RequestError("priority", priority, "0 (requests are served in order of arrival)")
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise RequestError("priority", priority, f"an integer in {-MAX_PRIORITY}..{MAX_PRIORITY}")
+        root = self._prefix_root(cache_salt)
         vocab_size = self.scheduler.vocab_size
         packed = pack_token_ids(prompt_token_ids, vocab_size)
         params.check_vocabulary(vocab_size)
@@ -174,6 +192,8 @@ class Engine:
                 seed=seed,
                 eos_token_ids=self._eos_token_ids,
                 report_prompt=index == 0,
+                priority=priority,
+                root=root,
             )
             detokenizer = None
             if params.detokenize:
@@ -187,11 +207,29 @@ class Engine:
             request.completions.append(completion)
         with self._guard:
             self._requests[request_id] = request
-            for completion in request.completions:
-                self.scheduler.add(completion.sequence)
+            leader, *followers = [completion.sequence for completion in request.completions]
+            self.scheduler.add(leader, request.metrics.arrival_time, followers)
             if self._hooks.queued:
                 event = events.Queued(request.metrics.arrival_time, request_id, len(packed), params.n)
                 emit(self._hooks.queued, event)
+
+    def _prefix_root(self, cache_salt: str | None) -> bytes | None:
+        """What a request's blocks are known by before their tokens; None: they are not shared."""
+        if cache_salt is not None and not (
+            isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT_CHARACTERS
+        ):
+            limit = f"a string of 1..{MAX_SALT_CHARACTERS} characters"
+            raise RequestError("cache_salt", cache_salt, limit)
+        if not self.config.enable_prefix_caching:
+            return None
+        if cache_salt is None:
+            return self._root
+        return prefix_root(self._root, cache_salt)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
+        with self._guard:
+            self.scheduler.pool.reset_prefix_cache()
 
     def abort(self, request_id: str) -> None:
         """End a request in any state: its blocks are free at once, or when the step in flight is over.
@@ -305,6 +343,7 @@ class Engine:
             request, _ = sequence.owner
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
+                request.metrics.num_cached_tokens = sequence.num_cached
             if self._hooks.scheduled:
                 resumed = sequence.num_preemptions > 0
                 emit(

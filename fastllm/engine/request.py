@@ -62,6 +62,6 @@ class Request:
             [item.output(delta=delta) for item in self.completions if item.moved or not delta],
             self.num_running == 0,
             self.metrics,
-            0,
+            self.metrics.num_cached_tokens,
             self.seed,
         )

@@ -1,6 +1,8 @@
 # distutils: language = c++
 """C-level interface of the scheduler: what a serving framework written in Cython may `cimport`."""
 
+from libc.stdint cimport int32_t
+
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.sequence cimport FinishReason, Sequence, SequenceState
 from fastllm.engine.step_batch cimport StepBatch
@@ -16,23 +18,41 @@ cdef class Scheduler:
     cdef readonly list admitted  # sequences that the last schedule took into the running ones
     cdef readonly list preempted  # sequences that the last schedule preempted
 
-    cdef list _running  # ascending arrival
-    cdef object _waiting  # deque, ascending arrival
+    cdef readonly double priority_interval  # seconds that make up for one level of priority
+    cdef readonly Py_ssize_t num_prefix_queries, num_prefix_hits  # prompt tokens
+
+    cdef list _running  # by deadline
+    cdef list _waiting  # by deadline
+    cdef Py_ssize_t _num_following
     cdef list _draining  # aborted while in flight; their blocks are given up by update or rollback
     cdef tuple _batches  # two, used in turn
     cdef Py_ssize_t _turn
     cdef Py_ssize_t _arrivals
 
-    cpdef int add(self, Sequence sequence) except -1
+    cpdef int add(self, Sequence sequence, double now=*, list followers=*) except -1
     cpdef StepBatch schedule(self)
     cpdef list update(self, result)
     cpdef int rollback(self) except -1
     cpdef int finish(self, Sequence sequence, stop_reason=*) except -1
     cpdef int abort(self, Sequence sequence) except -1
 
-    cdef Py_ssize_t _schedule_running(self, StepBatch batch, Py_ssize_t budget) except -1
-    cdef Py_ssize_t _admit_waiting(self, StepBatch batch, Py_ssize_t budget) except -1
+    cdef int _lead(self, Sequence sequence, list followers) except -1
+    cdef int _make_room(self) except -1
+    cdef bint _yields(self, Py_ssize_t place, Sequence waiting)
+    cdef Py_ssize_t _left_for(self, Sequence waiting, Py_ssize_t seats, Py_ssize_t blocks) except -2
+    cdef bint _has_room(self, Py_ssize_t seats, Py_ssize_t blocks)
+    cdef Py_ssize_t _blocks_to_admit(self, Sequence sequence, Py_ssize_t* hits) except -1
+    cdef Py_ssize_t _schedule_decodes(self, StepBatch batch, Py_ssize_t budget, bint* room) except -1
+    cdef bint _grow(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1
+    cdef Py_ssize_t _append(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1
+    cdef int _schedule_prompts(self, StepBatch batch, Py_ssize_t budget, bint room) except -1
+    cdef bint _admit(self, Sequence sequence) except -1
     cdef int _preempt(self, Sequence sequence) except -1
+    cdef int _remember(self, Sequence sequence) except -1
+    cdef list _release_followers(self, Sequence leader)
+    cdef int _seat(self, Sequence follower) except -1
+    cdef int _succeed(self, Sequence leader) except -1
     cdef int _end_step(self) except -1
+    cdef bint _take_token(self, Sequence sequence, const int32_t[::1] tokens, list moved) except -1
     cdef FinishReason _finish_of(self, Sequence sequence)
     cdef int _retire(self, Sequence sequence, SequenceState state, FinishReason reason) except -1

@@ -2,15 +2,26 @@
 # distutils: language = c++
 """Continuous batching: which tokens of which sequences the next step computes.
 
-`schedule` and `update` take turns. Each step has one budget of max_num_batched_tokens, shared by decodes (one
-token each) and chunks of prompts. Running sequences come first, in order of arrival, then waiting ones in
-order of arrival for as long as budget, max_num_seqs and blocks last. A sequence gets the blocks for all its
-known tokens when it is admitted, then one block at a time as it grows.
+`schedule` and `update` take turns. Each step has one budget of max_num_batched_tokens. Sequences that decode
+come first, one token each; what is left goes to chunks of prompts, of running and waiting sequences alike, in
+the order of their deadlines, for as long as budget, max_num_seqs and blocks last. A sequence gets the blocks
+for all its known tokens when it is admitted, those of a known prefix from the index of the block pool, then
+one block at a time as it grows.
 
-When a running sequence needs a block and none is free, the running sequence that arrived last is preempted:
-it gives up all its blocks and returns to the head of the queue; later all its tokens, prompt and output, are
-computed again as if they were a prompt. Since the executor's arithmetic does not depend on how tokens are
-batched, that changes no token that follows.
+A deadline is the time of arrival, plus priority_interval seconds for each level that the priority lies below
+0: of two that wait the more important one is served first, but nobody is overtaken by what arrives later than
+that, so that nothing waits for ever. Equal deadlines go by arrival. A waiting sequence also takes seat and
+blocks of running ones that are of lower priority and have a later deadline.
+
+When a running sequence needs a block and none is free, the one with the last deadline is preempted: it gives
+up its blocks and returns to the queue; later its tokens, prompt and output, are computed again as if they
+were a prompt, less those whose blocks the index still has (of a preempted sequence the last blocks are used
+up first). Since the executor's arithmetic does not depend on how tokens are batched, that changes no token
+that follows.
+
+The n sequences of one request are a leader and its followers. The leader computes the prompt; when that is
+done every one of them samples from it, and the followers go on with the leader's blocks as their own. A block
+that somebody else has too is copied before it is written to.
 
 States of a sequence
 ====================
@@ -31,45 +42,63 @@ States of a sequence
                           |          ABORTED          |
                           +---------------------------+
 
+                add                update, when the leader has computed the prompt
+    +-----+ ---------> +-----------+ ----------> RUNNING (there is a seat), WAITING (there is none),
+    | NEW |            | FOLLOWING |             FINISHED (its first token ends it)
+    +-----+            +-----------+ ----------> WAITING, when its leader is gone and it is the first follower
+                             |
+                             +-----------------> ABORTED (abort)
+
     from       to         function                     when                          blocks
     ---------  ---------  ---------------------------  ----------------------------  -------------------------
     NEW        WAITING    add                          it can fit                    none
-    WAITING    RUNNING    schedule, _admit_waiting     seat, budget, blocks free     for all its known tokens
-    PREEMPTED  RUNNING    schedule, _admit_waiting     the same                      the same
-    RUNNING    RUNNING    schedule, _schedule_running  it grows                      one more where one begins
+    NEW        FOLLOWING  add                          with its leader               none
+    FOLLOWING  RUNNING    update, _fork                the prompt is computed, a     the leader's, shared
+                                                       seat is free
+    FOLLOWING  WAITING    update, _fork                the same, but no seat         none
+    FOLLOWING  WAITING    abort, _succeed              the leader is gone; it leads  none
+    FOLLOWING  FINISHED   update, _fork                its first token ends it       none
+    WAITING    RUNNING    schedule, _admit             seat, budget, blocks free     for all its known tokens
+    PREEMPTED  RUNNING    schedule, _admit             the same                      the same
+    RUNNING    RUNNING    schedule, _schedule_decodes  it grows                      one more as they fill, a
+                                                                                     copy of a shared one
     RUNNING    PREEMPTED  schedule, _preempt           an earlier one (or itself)    freed; num_computed is 0
-                                                       needs a block, none is free
+                                                       needs a block, none is free;
+                                                       or a more important one
+                                                       waits for seat or blocks
     RUNNING    FINISHED   update                       stop token or length limit    freed
     RUNNING    FINISHED   update                       no number where logits ought  freed
                                                        to be ("error")
     RUNNING    FINISHED   finish                       stop string (the caller's)    freed
+    WAITING    FINISHED   finish                       the same, of a follower that  none
+                                                       had no seat
     NEW,       ABORTED    abort                        any time                      had none
+    FOLLOWING,
     WAITING,
     PREEMPTED
     RUNNING    ABORTED    abort                        no step in flight             freed
     RUNNING    ABORTED    abort                        its step is in flight         freed by update, rollback
 
     A step is in flight between schedule and update (or rollback, which forgets it: nothing was counted yet,
-    and the next schedule gives the same tokens again).
+    copies are undone, and the next schedule gives the same tokens again).
 
 Nothing waits for ever, and nothing deadlocks
 =============================================
 
 A sequence ends at the latest with length_limit = min(prompt + max_tokens, max_model_len, pool tokens + 1)
 tokens; the newest token is never in the cache, so it needs at most length_limit - 1 <= pool tokens. `add`
-refuses a prompt that is not below that. So the earliest running sequence, which may preempt all others,
-always finds its block, and with nothing running the head of the queue always fits. That the limit is
-arithmetic known at admission, rather than what the pool happens to have left, also makes a sequence end at
+refuses a prompt that is not below that. So the running sequence with the first deadline, which may preempt
+all others, always finds its block, and with nothing running the head of the queue always fits. That the limit
+is arithmetic known at admission, rather than what the pool happens to have left, also makes a sequence end at
 the same token however it was batched.
 
 Invariants (`check` recomputes every one of them)
 =================================================
 
-    S1  Every live sequence is in exactly one of _running (RUNNING), _waiting (WAITING, PREEMPTED) and
-        _draining (ABORTED, in flight).
-    S2  _running and _waiting are in ascending order of arrival, and every running sequence arrived before
-        every waiting one.
-    S3  A waiting sequence has no blocks, nothing computed and nothing scheduled.
+    S1  Every live sequence is in exactly one of _running (RUNNING), _waiting (WAITING, PREEMPTED), _draining
+        (ABORTED, in flight) and the followers of one in the first two (FOLLOWING).
+    S2  _running and _waiting are in ascending order of (deadline, arrival).
+    S3  A waiting sequence has no blocks, nothing computed and nothing scheduled; so has a follower.
     S4  A running sequence has computed less than it knows (there is always a next token to compute), is below
         its length limit, and has blocks for what is computed and scheduled, but none beyond its known tokens.
     S5  At most max_num_seqs run.
@@ -78,9 +107,12 @@ Invariants (`check` recomputes every one of them)
         flight they are zero, and nothing drains.
     S8  A sequence that reports prompt logprobs has reported each computed position, the prompt's last
         excepted, and none twice (prompt_logprobs_done never falls; after a preemption it is ahead).
+    S9  The blocks that scheduled tokens are written to have one holder.
+    S10 The index knows a sequence's block by the hash of its tokens up to the block's end, or not at all; the
+        first num_remembered blocks, all computed, were told.
+    S11 One that has followers has no output.
 """
 
-from collections import deque
 from libc.stdint cimport int32_t
 from libcpp.algorithm cimport binary_search
 
@@ -89,14 +121,14 @@ from fastllm.errors import CapacityError, RequestError
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.sequence cimport (
     FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SEQUENCE_ABORTED, SEQUENCE_FINISHED,
-    SEQUENCE_NEW, SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason, Sequence,
-    SequenceState,
+    SEQUENCE_FOLLOWING, SEQUENCE_NEW, SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason,
+    Sequence, SequenceState,
 )
 from fastllm.engine.step_batch cimport StepBatch
 
 
 cdef class Scheduler:
-    """First-come continuous batching with chunked prefill over a block pool. Not thread-safe.
+    """Continuous batching with chunked prefill over a block pool, in the order of deadlines. Not thread-safe.
 
     Args:
         num_blocks, block_size: size of the KV cache (see `BlockPool`).
@@ -104,14 +136,19 @@ cdef class Scheduler:
         max_num_batched_tokens: most tokens in a step, >= 1.
         max_model_len: most tokens of a sequence, prompt included, >= 2.
         vocab_size: sampled ids must be below it.
+        priority_interval: seconds of waiting that make up for one level of priority.
 
     Attributes:
         admitted, preempted: sequences that the last `schedule` moved, for whoever reports such things.
+        num_prefix_queries, num_prefix_hits: prompt tokens that were looked up in the prefix index when their
+            sequence was first admitted, and those found there. What a preempted sequence finds again counts
+            in neither.
     """
 
     def __init__(
         self, *, Py_ssize_t num_blocks, Py_ssize_t block_size, Py_ssize_t max_num_seqs,
         Py_ssize_t max_num_batched_tokens, Py_ssize_t max_model_len, Py_ssize_t vocab_size,
+        double priority_interval=10.0,
     ):
         for name, value, low in (
             ("max_num_seqs", max_num_seqs, 1), ("max_num_batched_tokens", max_num_batched_tokens, 1),
@@ -119,7 +156,10 @@ cdef class Scheduler:
         ):
             if not low <= value < 2**31:
                 raise RequestError(name, value, f"an integer in {low}..2**31-1")
+        if not 0.0 <= priority_interval <= 1e9:
+            raise RequestError("priority_interval", priority_interval, "seconds in 0..1e9")
         self.pool = BlockPool(num_blocks, block_size)
+        self.priority_interval = priority_interval
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -127,7 +167,7 @@ cdef class Scheduler:
         self.admitted = []
         self.preempted = []
         self._running = []
-        self._waiting = deque()
+        self._waiting = []
         self._draining = []
         self._batches = (
             StepBatch(max_num_batched_tokens, max_num_seqs), StepBatch(max_num_batched_tokens, max_num_seqs)
@@ -140,18 +180,21 @@ cdef class Scheduler:
 
     @property
     def num_waiting(self):
-        """Sequences in the queue, preempted ones included."""
-        return len(self._waiting)
+        """Sequences that do not run: those in the queue, preempted ones included, and followers."""
+        return len(self._waiting) + self._num_following
 
     @property
     def running(self):
-        """The running sequences in order of arrival, list[Sequence]."""
+        """The running sequences in the order of their deadlines, list[Sequence]."""
         return list(self._running)
 
     @property
     def waiting(self):
-        """The queue, list[Sequence]."""
-        return list(self._waiting)
+        """The queue in the order of deadlines, and then the followers, list[Sequence]."""
+        found = list(self._waiting)
+        for item in self._running + self._waiting:
+            found += (<Sequence> item).followers
+        return found
 
     def has_unfinished(self):
         """Whether anything runs or waits."""
@@ -187,17 +230,46 @@ cdef class Scheduler:
         limit = min(self.max_model_len, pool_tokens + 1)
         return limit if max_tokens is None else min(limit, num_prompt + max_tokens)
 
-    cpdef int add(self, Sequence sequence) except -1:
-        """NEW -> WAITING. Raises CapacityError (see `length_limit`), and nothing changed."""
-        if sequence.state_code != SEQUENCE_NEW:
-            raise RequestError("sequence", sequence, "a sequence that was never added")
-        sequence.length_limit = self.length_limit(
-            sequence.num_prompt, None if sequence.max_tokens < 0 else sequence.max_tokens
-        )
-        sequence.arrival = self._arrivals
-        self._arrivals += 1
-        sequence.state_code = SEQUENCE_WAITING
-        self._waiting.append(sequence)
+    cpdef int add(self, Sequence sequence, double now=0.0, list followers=None) except -1:
+        """NEW -> WAITING, and its followers NEW -> FOLLOWING.
+
+        Args:
+            sequence: a new sequence.
+            now: when it arrived, in seconds; from it and the priority comes its deadline.
+            followers: new sequences of the same prompt and priority.
+
+        Raises:
+            CapacityError: see `length_limit`. Nothing changed.
+            RequestError: one of them is not new, or a follower has another prompt. Nothing changed.
+        """
+        cdef Sequence item
+        cdef list members = [sequence] if followers is None else [sequence, *followers]
+        for item in members:
+            if item.state_code != SEQUENCE_NEW:
+                raise RequestError("sequence", item, "a sequence that was never added")
+            if item.tokens != sequence.tokens or item.priority != sequence.priority:
+                raise RequestError("followers", item, "sequences with the leader's prompt and priority")
+        limits = [
+            self.length_limit(item.num_prompt, None if item.max_tokens < 0 else item.max_tokens)
+            for item in members
+        ]
+        for item, limit in zip(members, limits):
+            item.length_limit = limit
+            item.arrival = self._arrivals
+            item.deadline = now + self.priority_interval * item.priority
+            self._arrivals += 1
+            item.state_code = SEQUENCE_WAITING if item is sequence else SEQUENCE_FOLLOWING
+        if followers:
+            self._lead(sequence, list(followers))
+        _insert(self._waiting, sequence)
+        return 0
+
+    cdef int _lead(self, Sequence sequence, list followers) except -1:
+        cdef Sequence item
+        sequence.followers = followers
+        self._num_following += len(followers)
+        for item in followers:
+            item.leader = sequence
         return 0
 
     cpdef StepBatch schedule(self):
@@ -218,76 +290,196 @@ cdef class Scheduler:
         cdef StepBatch batch = <StepBatch> self._batches[self._turn]
         self._turn = 1 - self._turn
         cdef Py_ssize_t budget
+        cdef bint room
         batch.begin()
         self.in_flight = batch
         try:
-            budget = self._schedule_running(batch, self.max_num_batched_tokens)
-            if not self.preempted:
-                self._admit_waiting(batch, budget)
+            if self._waiting:
+                self._make_room()
+            room = True
+            budget = self._schedule_decodes(batch, self.max_num_batched_tokens, &room)
+            self._schedule_prompts(batch, budget, room)
             batch.seal()
         except BaseException:  # out of memory
             self.rollback()
             raise
         return batch
 
-    cdef Py_ssize_t _schedule_running(self, StepBatch batch, Py_ssize_t budget) except -1:
-        """Schedule the running sequences in order of arrival. Returns the budget that is left.
+    cdef int _make_room(self) except -1:
+        """Preempt for sequences at the head of the queue that are more important than running ones; only
+        where that makes enough room."""
+        cdef Sequence waiting
+        cdef Py_ssize_t seats = 0
+        cdef Py_ssize_t blocks = 0
+        cdef Py_ssize_t hits, left
+        while seats < len(self._waiting):
+            waiting = <Sequence> self._waiting[seats]
+            if not self._yields(len(self._running) - 1, waiting):
+                return 0
+            seats += 1
+            if not self._has_room(seats, blocks + self._blocks_to_admit(waiting, &hits)):
+                left = self._left_for(
+                    waiting, seats, blocks + self.pool.blocks_for(<Py_ssize_t> waiting.tokens.size())
+                )
+                if left < 0:
+                    return 0
+                while len(self._running) > left:
+                    self._preempt(<Sequence> self._running.pop())
+            blocks += self._blocks_to_admit(waiting, &hits)
+        return 0
+
+    cdef bint _yields(self, Py_ssize_t place, Sequence waiting):
+        """Whether there is a running sequence at a place that is preempted for a waiting one."""
+        if place < 0:
+            return False
+        running = <Sequence> self._running[place]
+        return running.priority > waiting.priority and _before(waiting, running)
+
+    cdef Py_ssize_t _left_for(self, Sequence waiting, Py_ssize_t seats, Py_ssize_t blocks) except -2:
+        """How many may go on running at most, so that so many sequences with so many blocks have room; -1 if
+        there is none even then. What others hold as well counts as taken."""
+        cdef Sequence victim
+        cdef Py_ssize_t left = len(self._running)
+        cdef Py_ssize_t free = self.pool.num_free
+        cdef Py_ssize_t i
+        while left + seats > self.max_num_seqs or blocks + left + seats - 1 > free:
+            if not self._yields(left - 1, waiting):
+                return -1
+            left -= 1
+            victim = <Sequence> self._running[left]
+            for i in range(<Py_ssize_t> victim.blocks.size()):
+                free += self.pool.references[victim.blocks[i]] == 1
+        return left
+
+    cdef bint _has_room(self, Py_ssize_t seats, Py_ssize_t blocks):
+        """Whether so many sequences with so many blocks can be admitted.
+
+        One block for every running sequence must be free besides: else the next steps of those would soon
+        preempt the newcomer, and its prompt would have been computed for nothing.
+        """
+        cdef Py_ssize_t running = len(self._running)
+        return running + seats <= self.max_num_seqs and self.pool.can_allocate(blocks + running + seats - 1)
+
+    cdef Py_ssize_t _blocks_to_admit(self, Sequence sequence, Py_ssize_t* hits) except -1:
+        """Of the available blocks, how many admitting the sequence takes: new ones, and those of its known
+        prefix that nobody holds. Sets `hits` to the blocks of that prefix.
+
+        The last token is computed in any case, since the next one follows from it. Logprobs of a prompt are
+        not in the index: what reports them reads only what it has reported already.
+        """
+        cdef Py_ssize_t idle = 0
+        cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
+        cdef Py_ssize_t most = (size - 1) // self.pool.block_size
+        hits[0] = 0
+        if sequence.root is not None:
+            if sequence.num_prompt_logprobs >= 0:
+                most = min(most, sequence.prompt_logprobs_done // self.pool.block_size)
+            sequence.extend_hashes(most, self.pool.block_size)
+            hits[0] = self.pool.find_prefix(sequence.hashes, most, &idle)
+        return self.pool.blocks_for(size) - hits[0] + idle
+
+    cdef Py_ssize_t _schedule_decodes(self, StepBatch batch, Py_ssize_t budget, bint* room) except -1:
+        """Schedule the running sequences that have one token to compute. Returns the budget that is left.
 
         Only sequences behind the one at hand, or itself, are preempted: never one in the batch already.
         """
         cdef Sequence sequence, victim
         cdef Py_ssize_t i = 0
-        cdef Py_ssize_t count, missing
         while i < len(self._running) and budget > 0:
             sequence = <Sequence> self._running[i]
-            count = min(<Py_ssize_t> sequence.tokens.size() - sequence.num_computed, budget)
-            missing = (
-                self.pool.blocks_for(sequence.num_computed + count) - <Py_ssize_t> sequence.blocks.size()
-            )
-            if missing > 0:
-                while not self.pool.can_allocate(missing):
-                    victim = <Sequence> self._running.pop()
-                    self._preempt(victim)
-                    if victim is sequence:
-                        return budget
-                self.pool.allocate_into(sequence.blocks, missing)
-            batch.append(sequence, count, self.pool)
-            sequence.num_scheduled = count
-            budget -= count
             i += 1
+            if <Py_ssize_t> sequence.tokens.size() - sequence.num_computed != 1:
+                continue
+            while not self._grow(batch, sequence, 1):
+                room[0] = False
+                victim = <Sequence> self._running.pop()
+                self._preempt(victim)
+                if victim is sequence:
+                    return budget
+            budget -= self._append(batch, sequence, 1)
         return budget
 
-    cdef Py_ssize_t _admit_waiting(self, StepBatch batch, Py_ssize_t budget) except -1:
-        """Admit waiting sequences, strictly in order: one that does not fit keeps those behind it waiting.
+    cdef bint _grow(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1:
+        """Give a running sequence what it needs to compute `count` tokens: blocks of its own to write to.
 
-        Besides the blocks of the sequence, one block for every running sequence must be free: else the next
-        steps of those would soon preempt the newcomer, and its prompt would have been computed for nothing.
+        Returns whether there were enough. Only the first block written to may have other holders: those
+        after it were never shared.
         """
-        cdef Sequence sequence
-        cdef Py_ssize_t count, needed
-        while budget > 0 and self._waiting and len(self._running) < self.max_num_seqs:
-            sequence = <Sequence> self._waiting[0]
-            needed = self.pool.blocks_for(<Py_ssize_t> sequence.tokens.size())
-            if not self.pool.can_allocate(needed + len(self._running)):
+        cdef Py_ssize_t held = <Py_ssize_t> sequence.blocks.size()
+        cdef Py_ssize_t missing = max(self.pool.blocks_for(sequence.num_computed + count) - held, 0)
+        cdef Py_ssize_t first = sequence.num_computed // self.pool.block_size
+        cdef bint shared = first < held and self.pool.references[sequence.blocks[first]] > 1
+        cdef int32_t before
+        if not self.pool.can_allocate(missing + shared):
+            return False
+        if shared:
+            before = sequence.blocks[first]
+            sequence.blocks[first] = self.pool.take_private(before)
+            batch.append_copy(sequence, first, before)
+        self.pool.allocate_into(sequence.blocks, missing)
+        return True
+
+    cdef Py_ssize_t _append(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1:
+        batch.append(sequence, count, self.pool)
+        sequence.num_scheduled = count
+        return count
+
+    cdef int _schedule_prompts(self, StepBatch batch, Py_ssize_t budget, bint room) except -1:
+        """Spend what is left of the budget on chunks of prompts (or of what was preempted), running and
+        waiting ones, by deadline. Without `room` nothing is admitted; nor is anything past a sequence that
+        does not fit."""
+        cdef Sequence sequence, head
+        cdef list running = [
+            item for item in self._running
+            if (<Sequence> item).tokens.size() - (<Sequence> item).num_computed > 1
+        ]
+        cdef Py_ssize_t i = 0
+        while budget > 0:
+            sequence = <Sequence> running[i] if i < len(running) else None
+            head = <Sequence> self._waiting[0] if room and self._waiting else None
+            if head is not None and (sequence is None or _before(head, sequence)):
+                room = self._admit(head)
+                if not room:
+                    continue
+                sequence = head
+            elif sequence is None:
                 break
-            self._waiting.popleft()
-            self.pool.allocate_into(sequence.blocks, needed)
-            sequence.state_code = SEQUENCE_RUNNING
-            self._running.append(sequence)
-            self.admitted.append(sequence)
-            count = min(<Py_ssize_t> sequence.tokens.size(), budget)
-            batch.append(sequence, count, self.pool)
-            sequence.num_scheduled = count
-            budget -= count
-        return budget
+            else:
+                i += 1
+            budget -= self._append(
+                batch, sequence, min(<Py_ssize_t> sequence.tokens.size() - sequence.num_computed, budget)
+            )
+        return 0
+
+    cdef bint _admit(self, Sequence sequence) except -1:
+        """WAITING, PREEMPTED -> RUNNING for the head of the queue. Returns whether there was room."""
+        cdef Py_ssize_t hits = 0
+        if not self._has_room(1, self._blocks_to_admit(sequence, &hits)):
+            return False
+        del self._waiting[0]
+        self.pool.take_prefix(sequence.hashes, hits, sequence.blocks)
+        self.pool.allocate_into(
+            sequence.blocks, self.pool.blocks_for(<Py_ssize_t> sequence.tokens.size()) - hits
+        )
+        sequence.num_remembered = hits
+        sequence.num_computed = hits * self.pool.block_size
+        if sequence.num_preemptions == 0 and sequence.root is not None and sequence.num_output == 0:
+            sequence.num_cached = sequence.num_computed
+            self.num_prefix_queries += sequence.num_prompt
+            self.num_prefix_hits += sequence.num_cached
+        sequence.state_code = SEQUENCE_RUNNING
+        _insert(self._running, sequence)
+        self.admitted.append(sequence)
+        return True
 
     cdef int _preempt(self, Sequence sequence) except -1:
         """RUNNING -> PREEMPTED; the caller has taken it off the running ones."""
         self.pool.free_table(sequence.blocks)
         sequence.num_computed = 0
+        sequence.num_remembered = 0
         sequence.num_preemptions += 1
         sequence.state_code = SEQUENCE_PREEMPTED
-        self._waiting.appendleft(sequence)
+        _insert(self._waiting, sequence)
         self.preempted.append(sequence)
         return 0
 
@@ -298,10 +490,11 @@ cdef class Scheduler:
             result: a `StepResult`; tokens int32 (R,) is read here, the rest is the caller's.
 
         Returns:
-            The sequences with rows in the step, list[Sequence], in order of arrival. Of each, until the next
-            schedule: `first_row`, `num_prompt_rows` (logprobs of prompt tokens, the first rows) and `num_new`
-            (new tokens, one row each, after those); `finish_reason` and `stop_reason` when it ended. A row
-            of token -1 had logits that are not numbers: its sequence ends with "error" and no new token.
+            The sequences with rows in the step, list[Sequence], in the order of the rows. Of each, until the
+            next schedule: `first_row`, `num_prompt_rows` (logprobs of prompt tokens, the first rows) and
+            `num_new` (new tokens, one row each, after those); `finish_reason` and `stop_reason` when it
+            ended. A row of token -1 had logits that are not numbers: its sequence ends with "error" and no
+            new token.
 
         Raises:
             RuntimeError: no step is in flight.
@@ -312,8 +505,6 @@ cdef class Scheduler:
             raise RuntimeError("update() needs a step in flight")
         cdef const int32_t[::1] tokens = result.tokens
         cdef Sequence sequence
-        cdef FinishReason reason
-        cdef int32_t token
         cdef Py_ssize_t i, row
         cdef bint ended = False
         if tokens.shape[0] != batch.num_rows:
@@ -322,37 +513,100 @@ cdef class Scheduler:
             if tokens[row] < -1 or tokens[row] >= self.vocab_size:
                 raise ValueError(f"row {row} yields token {tokens[row]} of a vocabulary of {self.vocab_size}")
         cdef list moved = []
+        cdef list forked = []
         for i in range(batch.num_seqs):
             sequence = <Sequence> batch.sequences[i]
             if sequence.state_code != SEQUENCE_RUNNING:  # aborted meanwhile
                 continue
             sequence.num_computed += sequence.num_scheduled
             sequence.prompt_logprobs_done += sequence.num_prompt_rows
-            reason = FINISH_NONE
-            if sequence.num_new:
-                token = tokens[sequence.first_row + sequence.num_prompt_rows]
-                if token < 0:
-                    sequence.num_new = 0
-                    reason = FINISH_ERROR
-                else:
-                    sequence.tokens.push_back(token)
-                    reason = self._finish_of(sequence)
-                if reason != FINISH_NONE:
-                    self._retire(sequence, SEQUENCE_FINISHED, reason)
-                    ended = True
-            if sequence.num_new or sequence.num_prompt_rows or reason == FINISH_ERROR:
-                moved.append(sequence)
+            if sequence.root is not None:
+                self._remember(sequence)
+            if sequence.num_new and sequence.followers:
+                followers = self._release_followers(sequence)
+                forked += followers
+                ended |= self._take_token(sequence, tokens, moved)
+                for item in followers:
+                    self._take_token(<Sequence> item, tokens, moved)
+            else:
+                ended |= self._take_token(sequence, tokens, moved)
         self._end_step()
         if ended:
             self._running = [
-                sequence for sequence in self._running
-                if (<Sequence> sequence).state_code == SEQUENCE_RUNNING
+                item for item in self._running if (<Sequence> item).state_code == SEQUENCE_RUNNING
             ]
+        for item in forked:
+            self._seat(<Sequence> item)
         return moved
+
+    cdef int _remember(self, Sequence sequence) except -1:
+        """Tell the prefix index about the blocks that have become full."""
+        cdef Py_ssize_t size = self.pool.block_size
+        cdef Py_ssize_t full = sequence.num_computed // size
+        cdef Py_ssize_t i
+        if full == sequence.num_remembered:
+            return 0
+        sequence.extend_hashes(full, size)
+        for i in range(sequence.num_remembered, full):
+            is_new = self.pool.remember(sequence.blocks[i], <bytes> sequence.hashes[i])
+            if is_new and self.pool.events is not None:
+                before = sequence.hashes[i - 1] if i else sequence.root
+                tokens = sequence.token_ids[i * size : (i + 1) * size]
+                self.pool.events.append((sequence.hashes[i], before, tokens))
+        sequence.num_remembered = full
+        return 0
+
+    cdef list _release_followers(self, Sequence leader):
+        """The prompt is computed: the followers are on their own, each with the leader's blocks."""
+        cdef Sequence follower
+        cdef list followers = leader.followers
+        leader.followers = []
+        self._num_following -= len(followers)
+        for follower in followers:
+            follower.leader = None
+            follower.state_code = SEQUENCE_RUNNING
+            self.pool.fork_table(leader.blocks, follower.blocks)
+            follower.hashes = list(leader.hashes)
+            follower.num_computed = leader.num_computed
+            follower.num_remembered = leader.num_remembered
+        return followers
+
+    cdef int _seat(self, Sequence follower) except -1:
+        """Put a follower that is on its own among the running ones, or in the queue if there is no seat."""
+        if follower.state_code != SEQUENCE_RUNNING:  # its first token ended it
+            return 0
+        if len(self._running) < self.max_num_seqs:
+            _insert(self._running, follower)
+            return 0
+        self.pool.free_table(follower.blocks)
+        follower.num_computed = follower.num_remembered = 0
+        follower.state_code = SEQUENCE_WAITING
+        _insert(self._waiting, follower)
+        return 0
+
+    cdef bint _take_token(self, Sequence sequence, const int32_t[::1] tokens, list moved) except -1:
+        """What the step yielded for a sequence: the token of its sample row, if it has one. Returns whether
+        that ended it."""
+        cdef int32_t token
+        cdef FinishReason reason = FINISH_NONE
+        if sequence.num_new:
+            token = tokens[sequence.first_row + sequence.num_prompt_rows]
+            if token < 0:
+                sequence.num_new = 0
+                reason = FINISH_ERROR
+            else:
+                sequence.tokens.push_back(token)
+                reason = self._finish_of(sequence)
+            if reason != FINISH_NONE:
+                self._retire(sequence, SEQUENCE_FINISHED, reason)
+        if sequence.num_new or sequence.num_prompt_rows or reason == FINISH_ERROR:
+            moved.append(sequence)
+        return reason != FINISH_NONE
 
     cpdef int rollback(self) except -1:
         """Forget the step in flight, if there is one; what it would have computed is scheduled again."""
         if self.in_flight is not None:
+            self.in_flight.undo_copies(self.pool)
             self._end_step()
         return 0
 
@@ -364,30 +618,54 @@ cdef class Scheduler:
         """
         if self.in_flight is not None:
             raise RuntimeError("finish() while a step is in flight")
-        if sequence.state_code == SEQUENCE_RUNNING:
-            self._running.remove(sequence)
-            self._retire(sequence, SEQUENCE_FINISHED, FINISH_STOP)
-        elif sequence.state_code == SEQUENCE_FINISHED:
+        if sequence.state_code == SEQUENCE_FINISHED:
             sequence.finish_code = FINISH_STOP
+        elif sequence.state_code == SEQUENCE_RUNNING:
+            self._running.remove(sequence)
+            if sequence.followers:
+                self._succeed(sequence)
+            self._retire(sequence, SEQUENCE_FINISHED, FINISH_STOP)
+        elif sequence.state_code == SEQUENCE_WAITING and sequence.num_output:  # it followed, without a seat
+            self._waiting.remove(sequence)
+            self._retire(sequence, SEQUENCE_FINISHED, FINISH_STOP)
         else:
             raise RequestError("sequence", sequence, "a running sequence, or one that just finished")
         sequence.stop_reason = stop_reason
         return 0
 
     cpdef int abort(self, Sequence sequence) except -1:
-        """End a sequence in any state; one that has ended already stays as it is."""
+        """End a sequence in any state; one that has ended already stays as it is. If it has followers, the
+        first of them leads the others from now on."""
         if sequence.state_code == SEQUENCE_WAITING or sequence.state_code == SEQUENCE_PREEMPTED:
             self._waiting.remove(sequence)
+        elif sequence.state_code == SEQUENCE_FOLLOWING:
+            sequence.leader.followers.remove(sequence)
+            sequence.leader = None
+            self._num_following -= 1
         elif sequence.state_code == SEQUENCE_RUNNING:
             self._running.remove(sequence)
-            if sequence.num_scheduled:  # the executor may be writing to its blocks
-                sequence.state_code = SEQUENCE_ABORTED
-                sequence.finish_code = FINISH_ABORT
-                self._draining.append(sequence)
-                return 0
         elif sequence.state_code != SEQUENCE_NEW:
             return 0
+        if sequence.followers:
+            self._succeed(sequence)
+        if sequence.num_scheduled:  # the executor may be writing to its blocks
+            sequence.state_code = SEQUENCE_ABORTED
+            sequence.finish_code = FINISH_ABORT
+            self._draining.append(sequence)
+            return 0
         self._retire(sequence, SEQUENCE_ABORTED, FINISH_ABORT)
+        return 0
+
+    cdef int _succeed(self, Sequence leader) except -1:
+        """The first follower takes the place of a leader that goes."""
+        cdef list followers = leader.followers
+        cdef Sequence heir = <Sequence> followers[0]
+        leader.followers = []
+        self._num_following -= len(followers)
+        heir.leader = None
+        heir.state_code = SEQUENCE_WAITING
+        self._lead(heir, followers[1:])
+        _insert(self._waiting, heir)
         return 0
 
     cdef FinishReason _finish_of(self, Sequence sequence):
@@ -430,25 +708,38 @@ cdef class Scheduler:
         Raises:
             AssertionError: an invariant is broken; the message begins with its number.
         """
-        cdef Sequence sequence
-        cdef Py_ssize_t last = -1
+        cdef Sequence sequence, follower, previous
         cdef Py_ssize_t scheduled = 0
+        cdef Py_ssize_t following = 0
+        cdef Py_ssize_t i
+        states = {"running": ("running",), "waiting": ("waiting", "preempted"), "draining": ("aborted",)}
         lists = (("running", self._running), ("waiting", self._waiting), ("draining", self._draining))
         seen = set()
         for name, members in lists:
+            previous = None
             for sequence in members:
                 _require("S1", id(sequence) not in seen, sequence, "is listed twice")
                 seen.add(id(sequence))
-                allowed = {
-                    "running": ("running",), "waiting": ("waiting", "preempted"), "draining": ("aborted",)
-                }[name]
-                _require("S1", sequence.state in allowed, sequence, f"is among the {name}")
+                _require("S1", sequence.state in states[name], sequence, f"is among the {name}")
                 scheduled += sequence.num_scheduled
                 if name == "draining":
                     _require("S7", sequence.num_scheduled > 0, sequence, "drains without being in flight")
-                else:
-                    _require("S2", sequence.arrival > last, sequence, "is out of the order of arrival")
-                    last = sequence.arrival
+                    _require("S1", not sequence.followers, sequence, "drains and has followers")
+                    continue
+                in_order = previous is None or _before(previous, sequence)
+                _require("S2", in_order, sequence, "is out of the order of deadlines")
+                previous = sequence
+                for follower in sequence.followers:
+                    following += 1
+                    _require("S1", id(follower) not in seen, follower, "is listed twice")
+                    seen.add(id(follower))
+                    _require("S1", follower.state == "following", follower, "is among the followers")
+                    _require("S1", follower.leader is sequence, follower, "has another leader")
+                    empty = follower.blocks.empty() and follower.num_computed + follower.num_scheduled == 0
+                    _require("S3", empty, follower, "follows, but holds something")
+                leads = not sequence.followers or sequence.num_output == 0
+                _require("S11", leads, sequence, "has output and followers")
+        _require("S1", following == self._num_following, None, f"{self._num_following} followers counted")
         for sequence in self._waiting:
             empty = sequence.blocks.empty() and sequence.num_computed == 0 and sequence.num_scheduled == 0
             _require("S3", empty, sequence, "waits, but holds something")
@@ -460,6 +751,15 @@ cdef class Scheduler:
             least = self.pool.blocks_for(sequence.num_computed + sequence.num_scheduled)
             fits = least <= held <= self.pool.blocks_for(known)
             _require("S4", fits, sequence, "has too few or too many blocks")
+            first = sequence.num_computed // self.pool.block_size
+            for i in range(first, least if sequence.num_scheduled else first):
+                own = self.pool.references[sequence.blocks[i]] == 1
+                _require("S9", own, sequence, f"writes to block {sequence.blocks[i]}, which is shared")
+            _require("S10", sequence.num_remembered <= first, sequence, "has told of blocks not yet full")
+            for i in range(held):
+                content = self.pool.hash_of(sequence.blocks[i])
+                right = content is None or (i < len(sequence.hashes) and sequence.hashes[i] == content)
+                _require("S10", right, sequence, f"has block {sequence.blocks[i]}, known by another hash")
         _require("S5", len(self._running) <= self.max_num_seqs, None, f"{len(self._running)} sequences run")
         self.pool.check([sequence.block_ids for sequence in (*self._running, *self._draining)])
         if self.in_flight is None:
@@ -474,6 +774,22 @@ cdef class Scheduler:
                 done = sequence.prompt_logprobs_done
                 exact = done == due if sequence.num_preemptions == 0 else due <= done < sequence.num_prompt
                 _require("S8", exact, sequence, f"has reported {done} prompt logprobs, {due} are due")
+
+
+cdef bint _before(Sequence one, Sequence other) noexcept:
+    """Whether one is served before the other."""
+    if one.deadline != other.deadline:
+        return one.deadline < other.deadline
+    return one.arrival < other.arrival
+
+
+cdef int _insert(list sequences, Sequence sequence) except -1:
+    """Insert where it belongs in the order of deadlines, most often at the end."""
+    cdef Py_ssize_t i = len(sequences)
+    while i > 0 and _before(sequence, <Sequence> sequences[i - 1]):
+        i -= 1
+    sequences.insert(i, sequence)
+    return 0
 
 
 def _require(number, condition, sequence, text):

@@ -12,6 +12,7 @@ cdef enum SequenceState:  # drawn in scheduler.pyx
     SEQUENCE_PREEMPTED = 3
     SEQUENCE_FINISHED = 4
     SEQUENCE_ABORTED = 5
+    SEQUENCE_FOLLOWING = 6
 
 cdef enum FinishReason:
     FINISH_NONE = 0
@@ -29,12 +30,22 @@ cdef class Sequence:
     cdef SequenceState state_code
     cdef FinishReason finish_code
     cdef readonly Py_ssize_t arrival  # place in the order of arrival; -1 before Scheduler.add
+    cdef readonly Py_ssize_t priority  # lower is more important
+    cdef readonly double deadline  # seconds; what is served first, then arrival; set by Scheduler.add
     cdef vector[int32_t] tokens  # prompt, then output
     cdef vector[int32_t] blocks  # block table: block i holds positions i * block_size ..
     cdef readonly Py_ssize_t num_prompt
     cdef readonly Py_ssize_t num_computed  # tokens whose K and V are in the cache
     cdef readonly Py_ssize_t num_scheduled  # tokens in the step in flight; 0 when there is none
     cdef readonly Py_ssize_t num_preemptions
+    cdef readonly list followers  # sequences with the same prompt that wait until this one has computed it
+    cdef readonly Sequence leader  # whom it follows, or None
+
+    # What the prefix index knows it by.
+    cdef bytes root  # hash of what is before the first token; None: its blocks are not shared
+    cdef list hashes  # of its full blocks, each over all tokens up to the block's end; see extend_hashes
+    cdef Py_ssize_t num_remembered  # of its blocks, which the scheduler has told the index about
+    cdef readonly Py_ssize_t num_cached  # prompt tokens found in the index when it was first admitted
 
     # When it ends.
     cdef readonly Py_ssize_t max_tokens  # -1 = up to the model length
@@ -67,6 +78,7 @@ cdef class Sequence:
     cdef readonly Py_ssize_t num_prompt_rows  # logprobs of prompt tokens, the first of its rows
     cdef readonly Py_ssize_t num_new  # new tokens, one row each, after those
 
+    cdef int extend_hashes(self, Py_ssize_t count, Py_ssize_t block_size) except -1
     cdef inline bint may_stop(self) noexcept:
         """Whether the next token may be one that ends the sequence."""
         return <Py_ssize_t> self.tokens.size() - self.num_prompt >= self.min_tokens

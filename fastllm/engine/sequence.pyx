@@ -9,14 +9,16 @@ that scheduling a sequence touches no Python object. Only the scheduler changes 
 from libc.stdint cimport INT32_MAX, int32_t
 from libcpp.algorithm cimport sort, unique
 from libcpp.vector cimport vector
+from cpython.bytes cimport PyBytes_FromStringAndSize
 
 import operator
+from hashlib import sha256
 
 import numpy as np
 
 from fastllm.errors import RequestError
 
-cdef tuple STATE_NAMES = ("new", "waiting", "running", "preempted", "finished", "aborted")
+cdef tuple STATE_NAMES = ("new", "waiting", "running", "preempted", "finished", "aborted", "following")
 cdef tuple FINISH_REASONS = (None, "stop", "length", "abort", "error")
 
 
@@ -31,12 +33,16 @@ cdef class Sequence:
         seed: the rest of its random key, uint64.
         eos_token_ids: ids that end it unless `params.ignore_eos`.
         report_prompt: whether it is the one of its request that reports `params.prompt_logprobs`.
+        priority: lower is more important.
+        root: 32 bytes that stand for all that K and V depend on besides the tokens (`prefix_root`); None:
+            its blocks are never shared with other requests.
         owner: an object to find again from the sequence.
     """
 
     def __init__(
         self, str request_id not None, const int32_t[::1] prompt not None, params, *, Py_ssize_t index=0,
-        seed=0, eos_token_ids=(), bint report_prompt=True, owner=None,
+        seed=0, eos_token_ids=(), bint report_prompt=True, owner=None, Py_ssize_t priority=0,
+        bytes root=None,
     ):
         if prompt.shape[0] == 0:
             raise RequestError("prompt_token_ids", [], "at least one token id")
@@ -44,6 +50,10 @@ cdef class Sequence:
         self.index = index
         self.owner = owner
         self.arrival = -1
+        self.priority = priority
+        self.root = root
+        self.hashes = []
+        self.followers = []
         self.num_prompt = prompt.shape[0]
         self.tokens.assign(&prompt[0], &prompt[0] + prompt.shape[0])
 
@@ -79,9 +89,23 @@ cdef class Sequence:
                 self.bias_ids.push_back(token)
                 self.bias_values.push_back(bias)
 
+    cdef int extend_hashes(self, Py_ssize_t count, Py_ssize_t block_size) except -1:
+        """Make `hashes` cover the first `count` blocks, which are full: a chain of SHA-256 over the hash of
+        the block before (`root` at first) and the block's token ids, little-endian int32."""
+        cdef Py_ssize_t i
+        cdef Py_ssize_t known = len(self.hashes)
+        before = self.hashes[known - 1] if known else self.root
+        for i in range(known, count):
+            text = PyBytes_FromStringAndSize(
+                <const char*> &self.tokens[i * block_size], block_size * sizeof(int32_t)
+            )
+            before = sha256(before + text).digest()
+            self.hashes.append(before)
+        return 0
+
     @property
     def state(self):
-        """"new", "waiting", "running", "preempted", "finished" or "aborted"."""
+        """"new", "following", "waiting", "running", "preempted", "finished" or "aborted"."""
         return STATE_NAMES[<int> self.state_code]
 
     @property
@@ -127,6 +151,24 @@ cdef class Sequence:
             f"Sequence({self.request_id!r}, index={self.index}, {self.state}, {self.num_prompt} prompt + "
             f"{self.num_output} output tokens, {self.num_computed} computed, {self.blocks.size()} blocks)"
         )
+
+
+def prefix_root(*parts):
+    """The hash before the first token of a sequence, `Sequence`'s root.
+
+    Args:
+        parts: str or bytes, everything that K and V depend on besides the tokens (model, adapter, type of the
+            KV cache, size of its blocks), and whatever else is to keep requests from sharing blocks.
+
+    Returns:
+        32 bytes: SHA-256 over the parts, each with its length before it.
+    """
+    digest = sha256()
+    for part in parts:
+        text = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(len(text).to_bytes(8, "little"))
+        digest.update(text)
+    return digest.digest()
 
 
 def pack_token_ids(token_ids, Py_ssize_t vocab_size):

@@ -1,6 +1,8 @@
 # distutils: language = c++
 """C-level interface of the step batch."""
 
+from libc.stdint cimport int32_t
+
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.sequence cimport Sequence
 
@@ -32,19 +34,24 @@ cdef class StepBatch:
     cdef readonly Py_ssize_t num_rows  # R
     cdef readonly Py_ssize_t num_prefill_tokens  # tokens of chunks, the rest are decodes
     cdef list sequences  # (S,)
+    cdef list copies  # (sequence, index in its block table) of each block that is a copy
 
     # The buffers behind the arrays.
     cdef Column _token_ids, _positions, _slot_mapping, _query_start, _seq_lens, _block_tables, _adapter
+    cdef Column _copy_blocks
     cdef Column _row_seq, _row_token, _row_kind, _row_target, _num_logprobs
     cdef Column _temperature, _top_k, _top_p, _min_p, _presence, _frequency, _repetition, _seed, _sample_index
     cdef Column _bias_start, _bias_ids, _bias_values, _banned_start, _banned_ids
     cdef Column _history_start, _history, _history_prompt_len
     cdef Py_ssize_t num_bias, num_banned, num_history, table_width, shown_seqs
-    cdef object flat_tables  # block_tables before it got its shape
+    cdef object flat_tables, flat_copies  # block_tables and copy_blocks before they got their shape
 
     cdef int begin(self) except -1
     cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1
+    cdef int append_copy(self, Sequence sequence, Py_ssize_t index, int32_t source) except -1
+    cdef int undo_copies(self, BlockPool pool) except -1
     cdef int seal(self) except -1
+    cdef int _reserve_rows(self, Py_ssize_t count) except -1
     cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind) except -1
     cdef int _append_lists(self, Sequence sequence, Py_ssize_t row) except -1
     cdef int _fill_block_tables(self) except -1

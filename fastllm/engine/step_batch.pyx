@@ -3,7 +3,7 @@
 """The flat batch of one step, filled by the scheduler and read by an executor.
 
 `fastllm.executor.base.StepBatch` says what each array means. This class owns the buffers: those that are
-bounded by the scheduler's limits are made once, the lists (CSR bodies, block tables) grow by doubling. The
+bounded by the scheduler's limits are made once, the others (rows, lists, block tables) grow by doubling. The
 arrays are views of the buffers and are made anew only when their length changes, so that a steady run of
 decodes makes no Python object per step.
 """
@@ -59,7 +59,7 @@ cdef class StepBatch:
     """Buffers of one step's batch. Made and filled by a `Scheduler`.
 
     Args:
-        max_tokens: most tokens in a step (T and R).
+        max_tokens: most tokens in a step (T). Rows (R) may be more: one for each sequence of a request.
         max_seqs: most sequences in a step (S).
     """
 
@@ -101,12 +101,14 @@ cdef class StepBatch:
         self._bias_values = Column(np.float32, 1)
         self._banned_ids = Column(np.int32, 1)
         self._history = Column(np.int32, 1)
-        self.copy_blocks = np.zeros((0, 2), dtype=np.int32)
+        self._copy_blocks = Column(np.int32, 2)
+        self.copies = []
         self.sequences = []
 
     cdef int begin(self) except -1:
         """Empty the batch. The first entries of query_start and the CSR starts stay 0 for good."""
         self.sequences.clear()
+        self.copies.clear()
         self.num_tokens = self.num_seqs = self.num_rows = self.num_prefill_tokens = 0
         self.num_bias = self.num_banned = self.num_history = 0
         self.table_width = 1
@@ -115,15 +117,16 @@ cdef class StepBatch:
     cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1:
         """Add the next count tokens of a sequence, and the rows that they yield.
 
-        Its block table covers them. A chunk that reaches the newest token yields a sample; chunks of a prompt
-        whose logprobs are wanted yield one row for each position whose successor is prompt too, unless an
-        earlier step, before a preemption, has reported it.
+        Its block table covers them. A chunk that reaches the newest token yields a sample, one for each of
+        its followers too; chunks of a prompt whose logprobs are wanted yield one row for each position whose
+        successor is prompt too, unless an earlier step, before a preemption, has reported it.
         """
         cdef Py_ssize_t start = sequence.num_computed
         cdef Py_ssize_t stop = start + count
         cdef Py_ssize_t first = self.num_tokens
         cdef Py_ssize_t s = self.num_seqs
         cdef Py_ssize_t i, position
+        cdef Sequence follower
         cdef int32_t* positions = <int32_t*> self._positions.data + first
         memcpy(<int32_t*> self._token_ids.data + first, &sequence.tokens[start], count * sizeof(int32_t))
         for i in range(count):
@@ -146,6 +149,12 @@ cdef class StepBatch:
         if stop == <Py_ssize_t> sequence.tokens.size():
             self._append_row(sequence, first + count - 1, KIND_SAMPLE)
             sequence.num_new = 1
+            for item in sequence.followers:
+                follower = <Sequence> item
+                follower.first_row = self.num_rows
+                follower.num_prompt_rows = 0
+                follower.num_new = 1
+                self._append_row(follower, first + count - 1, KIND_SAMPLE)
 
         if count > 1 or start < sequence.num_prompt:
             self.num_prefill_tokens += count
@@ -156,6 +165,7 @@ cdef class StepBatch:
 
     cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind) except -1:
         cdef Py_ssize_t row = self.num_rows
+        self._reserve_rows(row + 1)
         cdef bint sampled = kind == KIND_SAMPLE
         cdef Py_ssize_t position = (<int32_t*> self._positions.data)[token]
         (<int32_t*> self._row_seq.data)[row] = <int32_t> self.num_seqs
@@ -181,6 +191,41 @@ cdef class StepBatch:
         (<int32_t*> self._banned_start.data)[row + 1] = <int32_t> self.num_banned
         (<int32_t*> self._history_start.data)[row + 1] = <int32_t> self.num_history
         self.num_rows += 1
+        return 0
+
+    cdef int _reserve_rows(self, Py_ssize_t count) except -1:
+        if count > self._row_seq.capacity:
+            for column in (
+                self._row_seq, self._row_token, self._row_kind, self._row_target, self._num_logprobs,
+                self._temperature, self._top_k, self._top_p, self._min_p, self._presence, self._frequency,
+                self._repetition, self._seed, self._sample_index, self._history_prompt_len,
+            ):
+                (<Column> column).reserve(count)
+            for column in (self._bias_start, self._banned_start, self._history_start):
+                (<Column> column).reserve(self._row_seq.capacity + 1)
+        return 0
+
+    cdef int append_copy(self, Sequence sequence, Py_ssize_t index, int32_t source) except -1:
+        """Before anything else the executor copies block `source` to the block at `index` of the sequence's
+        table."""
+        cdef Py_ssize_t count = len(self.copies)
+        self._copy_blocks.reserve(2 * count + 2)
+        (<int32_t*> self._copy_blocks.data)[2 * count] = source
+        (<int32_t*> self._copy_blocks.data)[2 * count + 1] = sequence.blocks[index]
+        self.copies.append((sequence, index))
+        return 0
+
+    cdef int undo_copies(self, BlockPool pool) except -1:
+        """The step does not take place: the sequences get back the blocks that were to be copied."""
+        cdef Sequence sequence
+        cdef Py_ssize_t i, index
+        cdef int32_t private
+        for i in range(len(self.copies) - 1, -1, -1):
+            sequence, index = self.copies[i]
+            private = sequence.blocks[index]
+            sequence.blocks[index] = (<int32_t*> self._copy_blocks.data)[2 * i]
+            pool.give_back_private(private, sequence.blocks[index])
+        self.copies.clear()
         return 0
 
     cdef int _append_lists(self, Sequence sequence, Py_ssize_t row) except -1:
@@ -245,6 +290,10 @@ cdef class StepBatch:
             self.flat_tables = flat
             self.shown_seqs = seqs
             self.block_tables = flat.reshape(seqs, self.table_width)
+        flat = self._copy_blocks.publish(2 * len(self.copies))
+        if flat is not self.flat_copies:
+            self.flat_copies = flat
+            self.copy_blocks = flat.reshape(-1, 2)
         self.token_ids = self._token_ids.publish(tokens)
         self.positions = self._positions.publish(tokens)
         self.slot_mapping = self._slot_mapping.publish(tokens)
