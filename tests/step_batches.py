@@ -78,6 +78,8 @@ def step_batch(chunks: Sequence[Chunk], block_size: int, **overrides: Any) -> An
         "bias_values": np.zeros(0, dtype=np.float32),
         "banned_start": np.zeros(rows + 1, dtype=np.int32),
         "banned_ids": np.zeros(0, dtype=np.int32),
+        "mask_row": np.full(rows, -1, dtype=np.int32),
+        "mask_words": np.zeros((0, 0), dtype=np.uint32),
         "history_start": np.zeros(rows + 1, dtype=np.int32),
         "history": np.zeros(0, dtype=np.int32),
         "history_prompt_len": np.zeros(rows, dtype=np.int32),

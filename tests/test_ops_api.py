@@ -246,6 +246,10 @@ def test_what_may_be_sampled() -> None:
     assert set(ops.sample(logits, seed=seeds, top_k=[1] * 100 + [2] * 100).tokens[:100]) == {best[0]}
     banned = [[int(best[0])]] * 200
     assert set(ops.sample(logits, seed=seeds, top_k=1, banned=banned).tokens) == {best[1]}
+    allowed = [best[5:7].tolist()] * 100 + [None] * 100
+    assert set(ops.sample(logits, seed=seeds, allowed=allowed).tokens[:100]) == set(best[5:7])
+    assert set(ops.sample(logits, seed=seeds, top_k=1, allowed=allowed).tokens) == {best[5], best[0]}
+    assert ops.sample(logits[:1], allowed=[[]]).tokens == [-1]
     bias = [{int(best[9]): 50.0}] * 200
     assert set(ops.sample(logits, seed=seeds, logit_bias=bias).tokens) == {best[9]}
     history = [[int(best[0])] * 3] * 200
@@ -311,6 +315,8 @@ WRONG: list[tuple[str, Callable[[], object]]] = [
     ("sample: temperature", lambda: ops.sample(normal(2, 4), temperature=-1.0)),
     ("sample: history", lambda: ops.sample(normal(2, 4), history=[[1]])),
     ("sample: banned", lambda: ops.sample(normal(2, 4), banned=[[1.5], []])),  # type: ignore[list-item]
+    ("sample: allowed", lambda: ops.sample(normal(2, 4), allowed=[[4], None])),
+    ("sample: allowed", lambda: ops.sample(normal(2, 4), allowed=[[0]])),
     ("sample: banned_ids", lambda: ops.sample(normal(2, 4), banned=[[4], []])),
 ]
 

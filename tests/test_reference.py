@@ -290,6 +290,8 @@ def test_penalties_are_vllms(logits: own.Float32, seed: int, repetition: float) 
 def test_bias_and_bans() -> None:
     out = reference.apply_bias([0.5, 1.0, 2.0], {0: -1.5, 2: 4.0}, banned=(1,))
     np.testing.assert_array_equal(out, [-1.0, -np.inf, 6.0])
+    out = reference.apply_bias([0.5, 1.0, 2.0, 3.0], banned=(0,), allowed=(0, 2))
+    np.testing.assert_array_equal(out, [-np.inf, -np.inf, 2.0, -np.inf])
 
 
 @given(own.logits(), own.seeds())

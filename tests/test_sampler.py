@@ -7,6 +7,7 @@ of a boundary that lies within 1e-5 (relative) of the number drawn; everything e
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,14 @@ ISAS = _core.supported_isas()
 SLACK = 1e-5
 
 
+def pack_mask(allowed: Sequence[int], vocab: int) -> npt.NDArray[np.uint32]:
+    """A bit for each allowed id; those past the vocabulary, which nobody may look at, are all 1."""
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[list(allowed)] = 1
+    bits[vocab:] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
 def make_batch(rows: list[dict[str, Any]]) -> SimpleNamespace:
     """The row attributes of a StepBatch; each row names what differs from greedy, no logprobs."""
 
@@ -40,6 +49,8 @@ def make_batch(rows: list[dict[str, Any]]) -> SimpleNamespace:
     bias_start, bias_ids = lists("bias_ids", np.int32)
     banned_start, banned_ids = lists("banned", np.int32)
     history_start, history = lists("history", np.int32)
+    masks = [pack_mask(row["allowed"], row["vocab"]) for row in rows if "allowed" in row]
+    numbers = iter(range(len(masks)))
     return SimpleNamespace(
         row_kind=column("kind", 0, np.int32),
         row_target=column("target", -1, np.int32),
@@ -60,6 +71,8 @@ def make_batch(rows: list[dict[str, Any]]) -> SimpleNamespace:
         bias_values=lists("bias_values", np.float32)[1],
         banned_start=banned_start,
         banned_ids=banned_ids,
+        mask_row=np.array([next(numbers) if "allowed" in row else -1 for row in rows], np.int32),
+        mask_words=np.array(masks, np.uint32) if masks else np.zeros((0, 0), np.uint32),
         history_start=history_start,
         history=history,
         history_prompt_len=column("history_prompt_len", 0, np.int32),
@@ -76,7 +89,7 @@ def edited(logits: Float32, row: dict[str, Any]) -> npt.NDArray[np.float64]:
     out = np.array(logits, np.float64)
     for token, value in zip(row.get("bias_ids", []), row.get("bias_values", []), strict=True):
         out = reference.apply_bias(out, {token: value})
-    out = reference.apply_bias(out, banned=row.get("banned", []))
+    out = reference.apply_bias(out, banned=row.get("banned", []), allowed=row.get("allowed"))
     history, prompt = row.get("history", []), row.get("history_prompt_len", 0)
     return reference.apply_penalties(
         out,
@@ -190,6 +203,40 @@ def test_log_probabilities(data: st.DataObject) -> None:
         assert np.allclose(result["top_logprobs"][r], logprobs, rtol=2e-6, atol=2e-6)
 
 
+def masks(vocab: int) -> st.SearchStrategy[dict[str, Any]]:
+    """No mask, a few ids, or all but a few."""
+    few = st.lists(st.integers(0, vocab - 1), max_size=6)
+    return st.one_of(
+        st.just({}),
+        few.map(lambda ids: {"vocab": vocab, "allowed": ids}),
+        few.map(lambda ids: {"vocab": vocab, "allowed": [i for i in range(vocab) if i not in ids]}),
+    )
+
+
+@given(st.data())
+def test_a_mask_is_a_list_of_banned_ids(data: st.DataObject) -> None:
+    """Bit for bit, logprobs of the raw logits included, with every vocabulary's end within a word."""
+    vocab = data.draw(st.sampled_from([1, 31, 32, 33, 64, 300, 1000]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    logits = rng.standard_normal((1, vocab)).astype(np.float32)
+    allowed = data.draw(st.lists(st.integers(0, vocab - 1), max_size=40))
+    row = {
+        "temperature": data.draw(st.sampled_from([0.0, 0.7, 1.0])),
+        "top_p": data.draw(st.sampled_from([0.5, 1.0])),
+        "top_k": data.draw(st.sampled_from([0, 2])),
+        "seed": data.draw(st.integers(0, 2**64 - 1)),
+        "num_logprobs": min(3, vocab),
+        "history": allowed[:2],
+        "presence": 0.5,
+    }
+    banned = sample(logits, [row | {"banned": sorted(set(range(vocab)) - set(allowed))}])
+    for isa in ISAS:
+        masked = sample(np.repeat(logits, 2, axis=0), [{}, row | {"vocab": vocab, "allowed": allowed}], isa)
+        assert rows_equal(masked, 1, banned, 0, min(3, vocab))
+        assert masked["tokens"][0] == np.argmax(logits)
+        assert masked["tokens"][1] in (allowed or [-1])
+
+
 @given(st.data())
 def test_greedy_after_bias_bans_and_penalties(data: st.DataObject) -> None:
     """On a coarse grid float32 and float64 agree exactly, so the greedy token does."""
@@ -203,6 +250,7 @@ def test_greedy_after_bias_bans_and_penalties(data: st.DataObject) -> None:
         "bias_ids": bias_ids,
         "bias_values": [data.draw(st.integers(-16, 16)) / 8 for _ in bias_ids],
         "banned": data.draw(tokens)[: vocab - 1],
+        **data.draw(masks(vocab)),
         "history": history,
         "history_prompt_len": data.draw(st.integers(0, len(history))),
         "repetition": data.draw(st.sampled_from([1.0, 1.25, 2.0, 0.5])),
@@ -409,6 +457,22 @@ def test_sample_refuses_arrays_of_another_shape() -> None:
         _core.sample(logits.astype(np.float64), batch)
     with pytest.raises(RequestError, match="row_kind"):
         _core.sample(logits[:1], batch)
+    for words in (np.ones((1, 2), np.uint32), np.ones((1, 1), np.int32), np.ones(1, np.uint32)):
+        batch.mask_words = words
+        with pytest.raises(RequestError, match="mask_words"):
+            _core.sample(logits, batch)
+    batch.mask_words = np.ones((1, 1), np.uint32)
+    for mask_row in ([0, 1], [-2, 0]):
+        batch.mask_row = np.array(mask_row, np.int32)
+        with pytest.raises(RequestError, match="mask_row"):
+            _core.sample(logits, batch)
+    batch.mask_row = np.array([0, -1], np.int32)
+    assert _core.sample(logits, batch)["tokens"].tolist() == [0, 0]
+    batch.row_kind = np.array([1, 0], np.int32)
+    batch.row_target = np.array([0, -1], np.int32)
+    with pytest.raises(RequestError, match="mask_row"):
+        _core.sample(logits, batch)
+    batch.row_kind = np.array([0, 0], np.int32)
     batch.history_start = np.array([0, 1, 0], np.int32)
     with pytest.raises(RequestError, match="history_start"):
         _core.sample(logits, batch)

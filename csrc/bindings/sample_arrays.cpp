@@ -65,6 +65,13 @@ SampleArrays read_sample_arrays(Shapes& shapes, const py::handle& batch, std::in
   a.bias_values = floats("bias_values", "B");
   a.banned_start = ints("banned_start", "R+1");
   a.banned_ids = ints("banned_ids", "X");
+  a.mask_row = ints("mask_row", "R");
+  const py::object words = batch.attr("mask_words");
+  a.mask_words = shapes.in<std::uint32_t>(words, "mask_words", {"M", "W"});
+  a.mask_width = (vocab + 31) / 32;
+  if (shapes["M"] > 0 && shapes["W"] != a.mask_width)
+    shapes.fail("mask_words", Shapes::describe(words),
+                "rows of ceil(V / 32) = " + std::to_string(a.mask_width));
   a.history_start = ints("history_start", "R+1");
   a.history = ints("history", "H");
   a.history_prompt_len = ints("history_prompt_len", "R");
@@ -78,11 +85,15 @@ SampleArrays read_sample_arrays(Shapes& shapes, const py::handle& batch, std::in
   check_offsets(shapes, "history_start", a.history_start, rows, shapes["H"]);
   check_range(shapes, "bias_ids", a.bias_ids, shapes["B"], 0, last);
   check_range(shapes, "banned_ids", a.banned_ids, shapes["X"], 0, last);
+  check_range(shapes, "mask_row", a.mask_row, rows, -1, shapes["M"] - 1);
   check_range(shapes, "history", a.history, shapes["H"], 0, last);
   for (std::int64_t r = 0; r < rows; ++r) {
     if (a.kind[r] == SampleRow::kLogprob && (a.target[r] < 0 || a.target[r] > last))
       shapes.fail("row_target", std::to_string(a.target[r]) + " at index " + std::to_string(r),
                   "a token from 0 to " + std::to_string(last) + " where row_kind is 1");
+    if (a.kind[r] == SampleRow::kLogprob && a.mask_row[r] != -1)
+      shapes.fail("mask_row", std::to_string(a.mask_row[r]) + " at index " + std::to_string(r),
+                  "-1 where row_kind is 1");
     const std::int64_t length = a.history_start[r + 1] - a.history_start[r];
     if (a.history_prompt_len[r] < 0 || (length > 0 && a.history_prompt_len[r] > length))
       shapes.fail("history_prompt_len",

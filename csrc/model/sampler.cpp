@@ -39,14 +39,26 @@ void apply_penalties(const SampleRow& row, std::int32_t* counts, float* x) {
   }
 }
 
+// Takes away the ids whose bit is 0. Most words of a grammar's mask are all 0 or all 1.
+void apply_mask(const std::uint32_t* mask, std::int64_t n, float* x) {
+  for (std::int64_t begin = 0; begin < n; begin += 32) {
+    const std::uint32_t word = mask[begin / 32];
+    if (word == 0xffffffffu) continue;
+    const std::int64_t count = std::min<std::int64_t>(n - begin, 32);
+    for (std::int64_t i = 0; i < count; ++i)
+      if ((word >> i & 1u) == 0) x[begin + i] = -kInfinity;
+  }
+}
+
 // The logits after bias, bans and penalties: the raw ones where there are none.
 const float* edited(const float* logits, std::int64_t n, const SampleRow& row, SampleWorkspace& workspace) {
   const bool penalty = has_penalty(row) && row.history_count > 0;
-  if (row.bias_count == 0 && row.banned_count == 0 && !penalty) return logits;
+  if (row.bias_count == 0 && row.banned_count == 0 && row.mask == nullptr && !penalty) return logits;
   workspace.logits.assign(logits, logits + n);
   float* x = workspace.logits.data();
   for (std::int64_t i = 0; i < row.bias_count; ++i) x[row.bias_ids[i]] += row.bias_values[i];
   for (std::int64_t i = 0; i < row.banned_count; ++i) x[row.banned_ids[i]] = -kInfinity;
+  if (row.mask != nullptr) apply_mask(row.mask, n, x);
   if (penalty) {
     if (static_cast<std::int64_t>(workspace.counts.size()) < n)
       workspace.counts.resize(static_cast<std::size_t>(n));
@@ -100,6 +112,7 @@ SampleRow SampleArrays::row(std::int64_t r) const {
   row.bias_count = bias_start[r + 1] - bias_start[r];
   row.banned_ids = banned_ids + banned_start[r];
   row.banned_count = banned_start[r + 1] - banned_start[r];
+  if (mask_row[r] >= 0) row.mask = mask_words + mask_row[r] * mask_width;
   row.history = history + history_start[r];
   row.history_count = history_start[r + 1] - history_start[r];
   row.history_prompt_len = history_prompt_len[r];

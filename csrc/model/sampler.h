@@ -2,7 +2,7 @@
 //
 // The order is vLLM's. Log-probabilities and ranks are those of the raw logits. To sample a token:
 //   1. bias         logit += value
-//   2. banned       logit = -inf
+//   2. banned       logit = -inf, for the ids listed and for those whose bit in the mask is 0
 //   3. penalties    repetition, over prompt and output: logit > 0 ? logit / r : logit * r; then, over the
 //                   output only, logit -= frequency * count, logit -= presence
 //   4. greedy       when temperature < 1e-5: the highest logit, the lowest id among equals
@@ -45,6 +45,8 @@ struct SampleRow {
   std::int64_t bias_count = 0;
   const std::int32_t* banned_ids = nullptr;
   std::int64_t banned_count = 0;
+  const std::uint32_t* mask =
+      nullptr;  // ceil(n / 32) words, bit i % 32 of word i / 32: id i is allowed; or null
   const std::int32_t* history = nullptr;  // prompt, then output
   std::int64_t history_count = 0;
   std::int64_t history_prompt_len = 0;
@@ -63,6 +65,9 @@ struct SampleArrays {
   const std::int32_t *bias_start, *bias_ids;
   const float* bias_values;
   const std::int32_t *banned_start, *banned_ids;
+  const std::int32_t* mask_row;     // -1: none
+  const std::uint32_t* mask_words;  // (M, mask_width)
+  std::int64_t mask_width;
   const std::int32_t *history_start, *history, *history_prompt_len;
 
   SampleRow row(std::int64_t r) const;

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
+UInt32Array = npt.NDArray[np.uint32]
 UInt64Array = npt.NDArray[np.uint64]
 
 ROW_SAMPLE = 0  # row_kind: sample the token that follows
@@ -62,6 +63,8 @@ class StepBatch(Protocol):
     bias_values: Float32Array  # (bias_start[R],)
     banned_start: Int32Array  # (R+1,)
     banned_ids: Int32Array  # (banned_start[R],) never to be sampled in this row
+    mask_row: Int32Array  # (R,) its row of mask_words; -1 = none
+    mask_words: UInt32Array  # (M, ceil(V/32)) bit i % 32 of word i // 32: token i is allowed; (0, any)
     history_start: Int32Array  # (R+1,)
     history: Int32Array  # (history_start[R],) prompt and output; only of rows with a penalty
     history_prompt_len: Int32Array  # (R,) how many of its history are prompt

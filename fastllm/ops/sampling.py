@@ -14,7 +14,7 @@ from fastllm.errors import RequestError
 from fastllm.executor.base import ROW_SAMPLE
 from fastllm.ops.arrays import Float32Array, Int32Array, contiguous, describe
 
-Entry = TypeVar("Entry", bound=Sized)
+Entry = TypeVar("Entry", bound=Sized | None)
 
 
 class Samples(NamedTuple):
@@ -53,6 +53,7 @@ def sample(
     prompt_len: int | Sequence[int] = 0,
     logit_bias: Sequence[Mapping[int, float]] | None = None,
     banned: Sequence[Sequence[int]] | None = None,
+    allowed: Sequence[Sequence[int] | None] | None = None,
     num_logprobs: int = 0,
 ) -> Samples:
     """Sample a token from each row of logits.
@@ -70,6 +71,7 @@ def sample(
         prompt_len: how many of them are the prompt, which presence and frequency leave out.
         logit_bias: for each row what is added to the logits of some ids.
         banned: for each row the ids that must not be sampled.
+        allowed: for each row the only ids that may be sampled; None: all.
         num_logprobs: how many of the most likely tokens to report.
 
         A number stands for all rows, a sequence has one entry per row.
@@ -82,6 +84,7 @@ def sample(
     rows = logits.shape[0]
     bias = _per_row("logit_bias", logit_bias, {}, rows)
     forbidden = _per_row("banned", banned, (), rows)
+    mask_row, mask_words = _masks(_per_row("allowed", allowed, None, rows), logits.shape[1])
     past = _per_row("history", history, (), rows)
     batch = SimpleNamespace(  # the rows of a StepBatch
         row_kind=np.full(rows, ROW_SAMPLE, np.int32),
@@ -103,6 +106,8 @@ def sample(
         bias_values=np.array([value for entry in bias for value in entry.values()], dtype=np.float32),
         banned_start=_starts(forbidden),
         banned_ids=_ids("banned", forbidden),
+        mask_row=mask_row,
+        mask_words=mask_words,
         history_start=_starts(past),
         history=_ids("history", past),
         history_prompt_len=_column("prompt_len", prompt_len, rows, np.int32),
@@ -136,6 +141,21 @@ def _per_row(name: str, lists: Sequence[Entry] | None, empty: Entry, rows: int) 
 def _starts(entries: Iterable[Sized]) -> Int32Array:
     """Where each row's entries begin in the concatenation of all, and the end."""
     return np.cumsum([0, *(len(entry) for entry in entries)], dtype=np.int32)
+
+
+def _masks(
+    entries: Sequence[Sequence[int] | None], vocab_size: int
+) -> tuple[Int32Array, npt.NDArray[np.uint32]]:
+    """`mask_row` and `mask_words` of a StepBatch, from each row's allowed ids."""
+    lists = [entry for entry in entries if entry is not None]
+    words = np.zeros((len(lists), (vocab_size + 31) // 32), dtype=np.uint32)
+    for line, entry in zip(words, lists, strict=True):
+        ids = _ids("allowed", [entry])
+        if ids.size and ids.max() >= vocab_size:
+            raise RequestError("sample: allowed", int(ids.max()), f"token ids in 0..{vocab_size - 1}")
+        np.bitwise_or.at(line, ids // 32, np.uint32(1) << (ids % 32).astype(np.uint32))
+    rows = iter(range(len(lists)))
+    return np.array([-1 if entry is None else next(rows) for entry in entries], dtype=np.int32), words
 
 
 def _ids(name: str, entries: Iterable[Iterable[int]]) -> Int32Array:

@@ -19,9 +19,13 @@ GREEDY_BELOW = 1e-5
 
 
 def apply_bias(
-    logits: npt.ArrayLike, bias: Mapping[int, float] | None = None, banned: Sequence[int] = ()
+    logits: npt.ArrayLike,
+    bias: Mapping[int, float] | None = None,
+    banned: Sequence[int] = (),
+    allowed: Sequence[int] | None = None,
 ) -> Float64:
-    """Adds `bias[token]` to its logit and sets the logits of `banned` tokens to minus infinity.
+    """Adds `bias[token]` to its logit and sets the logits of `banned` tokens to minus infinity, and those of
+    all that are not `allowed` (None: all are).
 
     Args:
         logits: (V,).
@@ -31,6 +35,10 @@ def apply_bias(
         out[token] += value
     for token in banned:
         out[token] = -np.inf
+    if allowed is not None:
+        for token in range(len(out)):
+            if token not in allowed:
+                out[token] = -np.inf
     return out
 
 
