@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastllm.llm import LLM
     from fastllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from fastllm.sampling_params import RequestOutputKind, SamplingParams
+    from fastllm.structured_outputs import StructuredOutputsParams
 
     __version__: str
 
@@ -47,6 +48,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedModelError",
     "__version__",
     "errors",
@@ -58,6 +60,7 @@ _HOMES = {
     "AsyncLLM": "fastllm.async_llm",
     "EngineHook": "fastllm.engine.hooks",
     **dict.fromkeys(("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"), "fastllm.outputs"),
+    "StructuredOutputsParams": "fastllm.structured_outputs",
     **dict.fromkeys(("RequestOutputKind", "SamplingParams"), "fastllm.sampling_params"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fastllm.errors"),
 }

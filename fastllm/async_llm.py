@@ -22,6 +22,7 @@ from fastllm.prompts import Message, PromptType, parse_params, parse_prompt, ren
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from fastllm.engine.constraints import Constraint
     from fastllm.engine.engine import Engine
     from fastllm.engine.hooks import EngineHook
     from fastllm.formats.tokenizer import Tokenizer
@@ -95,6 +96,7 @@ class AsyncLLM:
         self._bells: _LoopBells = weakref.WeakKeyDictionary()
         self._preparing: dict[str, _Preparation] = {}
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="fastllm-tokenize")
+        self._constraints = engine.constraints
         self._thread = EngineThread(engine)
 
     # ---- generating --------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class AsyncLLM:
         if request_id is None:
             request_id = f"fastllm-{next(self._numbers)}"
         self._thread.check_health()
-        ids = await self._prepare(work, request_id)
+        ids, constraint = await self._prepare(work, request_id, params)
         if work.aborted:
             yield _aborted(request_id, work.text, ids, params)
             return
@@ -190,7 +192,9 @@ class AsyncLLM:
         mailbox = _AsyncMailbox(request_id, params.output_kind, bell)
         finished = False
         try:
-            self._thread.post(Admission(mailbox, work.text, ids, params, priority, "", cache_salt))
+            self._thread.post(
+                Admission(mailbox, work.text, ids, params, priority, "", cache_salt, constraint)
+            )
             while not finished:
                 output = await mailbox.next()
                 finished = output.finished
@@ -200,10 +204,13 @@ class AsyncLLM:
             if not finished:
                 self._thread.discard([mailbox])
 
-    async def _prepare(self, work: _Preparation, request_id: str) -> Sequence[int]:
-        """Token ids, off the event loop where that takes long; `abort` reaches the request all the same."""
-        if work.inline:
-            return work.run()
+    async def _prepare(
+        self, work: _Preparation, request_id: str, params: SamplingParams
+    ) -> tuple[Sequence[int], Constraint | None]:
+        """Token ids and constraint, off the event loop where that takes long; `abort` reaches the request all
+        the same."""
+        if work.inline and not params.constrained:
+            return work.run(), None
         with self._lock:
             if request_id in self._preparing:
                 raise RequestError("request_id", request_id, "a name that no unfinished request has")
@@ -213,7 +220,10 @@ class AsyncLLM:
                 future = self._workers.submit(work.run)
             except RuntimeError as error:  # they were shut down a moment ago
                 raise EngineDeadError(CLOSED) from error
-            return await asyncio.wrap_future(future)
+            ids = await asyncio.wrap_future(future)
+            if not params.constrained or work.aborted:
+                return ids, None
+            return ids, await asyncio.wrap_future(self._constraints.submit(params))
         finally:
             with self._lock:
                 del self._preparing[request_id]

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
+from fastllm.engine.constraints import Constraint
 from fastllm.engine.engine import Engine
 from fastllm.engine.sequence import pack_token_ids
 from fastllm.errors import CapacityError, EngineDeadError, RequestError
@@ -126,6 +127,7 @@ class Admission:
     Attributes:
         mailbox: where its outputs go; has its id.
         place: what an error calls it, "" where there is only one.
+        constraint: what `Constraints.prepare` made of params.
     """
 
     mailbox: Mailbox
@@ -135,6 +137,7 @@ class Admission:
     priority: int = 0
     place: str = ""
     cache_salt: str | None = None
+    constraint: Constraint | None = None
 
 
 class EngineThread:
@@ -344,6 +347,7 @@ class EngineThread:
                     prompt=item.prompt,
                     priority=item.priority,
                     cache_salt=item.cache_salt,
+                    constraint=item.constraint,
                 )
                 self._mail[item.mailbox.request_id] = item.mailbox
                 added.append(item)
@@ -351,7 +355,7 @@ class EngineThread:
             for other in added:
                 self._discard(engine, other.mailbox)
             if item.place:
-                _name(error, item.place)
+                name_place(error, item.place)
             raise
 
     def _discard(self, engine: Engine, mailbox: Mailbox) -> None:
@@ -385,7 +389,7 @@ def _copy(error: EngineDeadError) -> EngineDeadError:
     return copy
 
 
-def _name(error: BaseException, place: str) -> None:
+def name_place(error: BaseException, place: str) -> None:
     """Say in an error which of several prompts it is about."""
     if isinstance(error, RequestError):
         error.field = f"{place}: {error.field}"

@@ -12,8 +12,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fastllm.engine_thread import Admission, EngineThread, Mailbox
-from fastllm.errors import EngineDeadError, FastLLMError
+from fastllm.engine_thread import Admission, EngineThread, Mailbox, name_place
+from fastllm.errors import EngineDeadError, FastLLMError, RequestError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
 from fastllm.outputs import RequestOutput
@@ -32,6 +32,7 @@ from fastllm.prompts import (
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from fastllm.engine.constraints import Constraint
     from fastllm.engine.engine import Engine
     from fastllm.engine.hooks import EngineHook
     from fastllm.engine.profile import Profile
@@ -130,6 +131,7 @@ class LLM:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._numbers = itertools.count()
+        self._constraints = engine.constraints
         self._thread = EngineThread(engine)
 
     # ---- generating --------------------------------------------------------------------------------------
@@ -250,12 +252,17 @@ class LLM:
         return self._stream(parsed, ids, replace(params, output_kind=RequestOutputKind.DELTA))
 
     def _stream(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> Iterator[RequestOutput]:
+        constraint = self._constraints.prepare(params)
         call = _Call()
         mailbox = Mailbox(self._next_id(), params.output_kind, call)
         finished = False
         try:
             self._thread.admit(
-                [Admission(mailbox, prompt.text, ids, params, cache_salt=prompt.cache_salt)]
+                [
+                    Admission(
+                        mailbox, prompt.text, ids, params, cache_salt=prompt.cache_salt, constraint=constraint
+                    )
+                ]
             ).result()
             while not finished:
                 output = call.next().take()
@@ -278,6 +285,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Admit a batch and wait for all of it."""
         call = _Call()
+        constraints = self._constrain(params, places)
         final = {id(item): replace(item, output_kind=RequestOutputKind.FINAL_ONLY) for item in params}
         batch = [
             Admission(
@@ -288,6 +296,7 @@ class LLM:
                 priority,
                 place,
                 prompt.cache_salt,
+                constraints.get(id(given)),
             )
             for prompt, tokens, given, priority, place in zip(
                 prompts, ids, params, priorities, places, strict=True
@@ -309,6 +318,21 @@ class LLM:
         finally:
             progress.close()
         return [outputs[item.mailbox.request_id] for item in batch]
+
+    def _constrain(
+        self, params: Sequence[SamplingParams], places: Sequence[str]
+    ) -> dict[int, Constraint | None]:
+        """The constraints of the parameters that have any, by the object's id; each is made once."""
+        made: dict[int, Constraint | None] = {}
+        for given, place in zip(params, places, strict=True):
+            if given.constrained and id(given) not in made:
+                try:
+                    made[id(given)] = self._constraints.prepare(given)
+                except RequestError as error:
+                    if place:
+                        name_place(error, place)
+                    raise
+        return made
 
     def _next_id(self) -> str:
         return str(next(self._numbers))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastllm.errors import RequestError
+from fastllm.structured_outputs import StructuredOutputsParams
 
 MAX_N = 64
 MAX_LOGPROBS = 20
@@ -22,6 +23,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024  # of one stop string
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024  # entries
+MAX_ALLOWED_TOKEN_IDS = 2**20
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARACTERS = 1024  # of one bad word
 MAX_BIAS = 1e4  # absolute value; e**1e4 is far beyond any logit
 MAX_TEMPERATURE = 1e4
 GREEDY_TEMPERATURE = 1e-5  # anything below is greedy
@@ -63,6 +67,15 @@ class SamplingParams:
             are taken from the raw logits, before temperature, penalties and bias.
         prompt_logprobs: the same for each token of the prompt but the first.
         logit_bias: added to the logits of these ids; up to 1024 entries, each in [-1e4, 1e4].
+        structured_outputs: the form that the output has to have; when it is complete the sequence ends with
+            "stop", min_tokens or not. Stop strings and stop_token_ids may end it earlier, and so may
+            max_tokens, with "length". Not with ignore_eos. Here as with the next two, a sequence for which
+            nothing is left to sample ends with "error".
+        allowed_token_ids: the only ids that may be sampled, 1 of them up to all; the end of sequence too is
+            allowed only if it is among them. Not with structured_outputs.
+        bad_words: up to 256 texts of 1..1024 characters that the output does not contain. Each is tokenized
+            as it is and after a space; the last token of either is banned where the ones before it have just
+            been generated.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string (or the stop token's text) in the text.
         detokenize: produce text. Without it `text` is empty and `stop` is refused.
@@ -89,6 +102,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
@@ -126,6 +142,7 @@ class SamplingParams:
             raise RequestError("output_kind", self.output_kind, "a RequestOutputKind")
         self._settle_stops()
         self._settle_bias()
+        self._settle_constraints()
 
     def _settle_stops(self) -> None:
         put = object.__setattr__
@@ -162,6 +179,31 @@ class SamplingParams:
         }
         object.__setattr__(self, "logit_bias", copy)
 
+    def _settle_constraints(self) -> None:
+        form = self.structured_outputs
+        if form is not None:
+            if not isinstance(form, StructuredOutputsParams):
+                raise RequestError("structured_outputs", form, "StructuredOutputsParams")
+            if self.ignore_eos:
+                raise RequestError("structured_outputs", form, "None with ignore_eos: nothing would end it")
+            if self.allowed_token_ids is not None:
+                raise RequestError("structured_outputs", form, "None with allowed_token_ids")
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", _token_ids(self.allowed_token_ids))
+        if self.bad_words is not None:
+            words = _items("bad_words", self.bad_words)
+            if len(words) > MAX_BAD_WORDS:
+                raise RequestError("bad_words", f"{len(words)} texts", f"at most {MAX_BAD_WORDS} texts")
+            for word in words:
+                if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_CHARACTERS:
+                    raise RequestError("bad_words", word, f"texts of 1..{MAX_BAD_WORD_CHARACTERS} characters")
+            object.__setattr__(self, "bad_words", words)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether there is something to prepare before the request is queued: see `Constraints`."""
+        return bool(self.structured_outputs or self.allowed_token_ids is not None or self.bad_words)
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken instead of a random one."""
@@ -171,7 +213,7 @@ class SamplingParams:
         """Refuse token ids outside a model's vocabulary.
 
         Raises:
-            RequestError: naming stop_token_ids or logit_bias, and the id.
+            RequestError: naming stop_token_ids, logit_bias or allowed_token_ids, and the id.
         """
         limit = f"token ids below the vocabulary's size ({vocab_size})"
         for token in self.stop_ids:
@@ -180,6 +222,8 @@ class SamplingParams:
         for token in self.logit_bias or ():
             if token >= vocab_size:
                 raise RequestError("logit_bias", token, limit)
+        if self.allowed_token_ids and max(self.allowed_token_ids) >= vocab_size:
+            raise RequestError("allowed_token_ids", max(self.allowed_token_ids), limit)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
@@ -194,6 +238,16 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     if not low <= number <= high:
         raise RequestError(name, value, limit)
     return number
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """allowed_token_ids, which may be as many as a vocabulary has."""
+    ids = _items("allowed_token_ids", value)
+    if not 0 < len(ids) <= MAX_ALLOWED_TOKEN_IDS:
+        raise RequestError("allowed_token_ids", f"{len(ids)} ids", f"1..{MAX_ALLOWED_TOKEN_IDS} ids")
+    if {type(item) for item in ids} == {int} and 0 <= min(ids) <= max(ids) <= _INT32_MAX:
+        return ids
+    return tuple(_integer("allowed_token_ids", item, 0, _INT32_MAX) for item in ids)
 
 
 def _real(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:

@@ -52,6 +52,13 @@ def mix(*parts: int) -> int:
     return state
 
 
+def unpack_mask(words: np.ndarray, vocab_size: int) -> frozenset[int]:
+    """The ids that a row of mask_words allows."""
+    return frozenset(
+        np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[:vocab_size]).tolist()
+    )
+
+
 def fold(values: np.ndarray) -> int:
     """One number that depends on every value and its place."""
     return int((values * WEIGHTS[: len(values)]).sum(dtype=np.uint64)) if len(values) else 0
@@ -71,6 +78,7 @@ class Row:
     history_prompt_len: int
     bias: list[tuple[int, float]]
     banned: list[int]
+    allowed: frozenset[int] | None  # None: no mask
     filters: tuple[int, float, float]
 
 
@@ -86,7 +94,10 @@ def choose(row: Row, vocab_size: int) -> int:
         )
     for token, value in row.bias:
         state = mix(state, token, int(value * 1000))
-    while (token := mix(state) % vocab_size) in row.banned:
+    left = (set(range(vocab_size)) if row.allowed is None else row.allowed) - set(row.banned)
+    if not left:
+        return -1
+    while (token := mix(state) % vocab_size) not in left:
         state = mix(state, 1)
     return token
 
@@ -226,6 +237,9 @@ class FakeExecutor:
             int(batch.history_prompt_len[r]),
             list(zip(batch.bias_ids[bias].tolist(), batch.bias_values[bias].tolist(), strict=True)),
             batch.banned_ids[batch.banned_start[r] : batch.banned_start[r + 1]].tolist(),
+            None
+            if batch.mask_row[r] < 0
+            else unpack_mask(batch.mask_words[batch.mask_row[r]], self.vocab_size),
             (int(batch.top_k[r]), float(batch.top_p[r]), float(batch.min_p[r])),
         )
 
@@ -241,6 +255,7 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
     for name in (
         "row_seq", "row_token", "row_kind", "row_target", "num_logprobs", "temperature", "top_k", "top_p",
         "min_p", "presence", "frequency", "repetition", "seed", "sample_index", "history_prompt_len",
+        "mask_row",
     ):  # fmt: skip
         lengths[name] = rows
     for name, start in (("bias", "bias"), ("banned", "banned"), ("history", "history")):
@@ -259,6 +274,13 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
         assert array.shape == (length,), (name, array.shape, length)
         assert array.dtype == dtype, name
         assert array.flags.c_contiguous, name
+    masks = batch.mask_row[batch.mask_row >= 0].tolist()
+    assert masks == list(range(len(masks)))
+    assert (batch.row_kind[batch.mask_row >= 0] == ROW_SAMPLE).all()
+    assert batch.mask_words.dtype == np.uint32
+    assert batch.mask_words.flags.c_contiguous
+    if masks:
+        assert batch.mask_words.shape == (len(masks), (vocab_size + 31) // 32)
     assert batch.block_tables.dtype == np.int32
     assert batch.block_tables.flags.c_contiguous
     assert batch.copy_blocks.dtype == np.int32
@@ -310,6 +332,7 @@ def expected_tokens(
     tokens = list(prompt)
     values: list[int] = []
     ending = set() if params.ignore_eos else set(eos)
+    words = [FakeTokenizer().encode(text) for word in params.bad_words or () for text in (word, " " + word)]
     while True:
         for position in range(len(values), len(tokens)):
             values.append(mix(fold(np.array(values, dtype=np.uint64)), tokens[position], position))
@@ -331,12 +354,18 @@ def expected_tokens(
             tokens if penalized else [],
             len(prompt) if penalized else 0,
             [(token, float(np.float32(bias))) for token, bias in (params.logit_bias or {}).items()],
-            sorted(ending | set(params.stop_ids)) if made < params.min_tokens else [],
+            [
+                *(sorted(ending | set(params.stop_ids)) if made < params.min_tokens else []),
+                *(word[-1] for word in words if tokens[len(prompt) :][made - len(word) + 1 :] == word[:-1]),
+            ],
+            None if params.allowed_token_ids is None else frozenset(params.allowed_token_ids),
             (0, 1.0, 0.0)
             if greedy
             else (max(params.top_k, 0), float(np.float32(params.top_p)), float(np.float32(params.min_p))),
         )
         token = choose(row, vocab_size)
+        if token < 0:
+            return tokens[len(prompt) :], "error", None
         tokens.append(token)
         if made >= params.min_tokens:
             if token in ending:
@@ -355,6 +384,13 @@ class FakeTokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         return PIECES[id]
+
+    def is_special(self, id: int) -> bool:
+        return id < 2
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """One token for each character."""
+        return [PIECES.index(character.encode()) for character in text]
 
 
 class FakeDetokenizer:

@@ -74,7 +74,7 @@ def test_metadata() -> None:
     requirements = metadata.requires("fastllm")
     assert requirements is not None
     base = {re.split(r"[<>=!~;\[ ]", line)[0] for line in requirements if "extra ==" not in line}
-    assert base == {"numpy", "tokenizers", "jinja2", "safetensors", "tqdm"}
+    assert base == {"numpy", "tokenizers", "jinja2", "llguidance", "safetensors", "tqdm"}
     assert set(metadata.metadata("fastllm").get_all("Provides-Extra") or []) >= {"hub", "gpu", "test", "dev"}
     assert metadata.metadata("fastllm")["License-Expression"] == "Apache-2.0"
 

@@ -26,6 +26,10 @@ class Tokenizer(Protocol):
     def eos_token_ids(self) -> frozenset[int]: ...
     def token_bytes(self, id: int, /) -> bytes: ...  # b"" for an id of the model that it does not know
 
+    # For grammars and bad words only.
+    def is_special(self, id: int, /) -> bool: ...
+    def encode(self, text: str, /, *, add_special_tokens: bool, parse_special: bool) -> list[int]: ...
+
 
 class Detokenizer(Protocol):
     """One per sequence; the joined pieces are the text of all tokens pushed."""

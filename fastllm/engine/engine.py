@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,13 +24,16 @@ from fastllm.engine.completion import (
     incremental_detokenizer,
     row_logprobs,
 )
+from fastllm.engine.constraints import Constraint, Constraints
 from fastllm.engine.hooks import EngineHook, HookTable, emit
 from fastllm.engine.interrupt import InterruptGuard
 from fastllm.engine.profile import Profile
 from fastllm.engine.request import Request
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
+from fastllm.engine.step_batch import StepBatch
 from fastllm.engine.stop import StopStrings
+from fastllm.engine.structured import Guides
 from fastllm.errors import EngineDeadError, RequestError
 from fastllm.executor.base import Executor, StepResult
 from fastllm.outputs import RequestOutput
@@ -40,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 MAX_PRIORITY = 1_000_000
 MAX_SALT_CHARACTERS = 1024
+# A step waits so long for masks, as a share of the step before: they mostly take less, and a sequence that
+# sits out a step has lost all of it.
+MASK_SHARE = 0.1
+MAX_MASK_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +117,9 @@ class Engine:
             vocab_size=tokenizer.vocab_size if config.vocab_size is None else config.vocab_size,
             priority_interval=config.priority_interval,
         )
+        self.constraints = Constraints(tokenizer, self.scheduler.vocab_size, tokenizer.eos_token_ids)
+        self._guides = Guides()
+        self._pace = 0.0  # seconds of the step before, where sequences follow grammars
         self._root = prefix_root("fastllm", config.cache_identity, executor.block_size)
         self._executor = executor
         self._tokenizer = tokenizer
@@ -141,6 +151,7 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Put a request into the queue. A request that is refused changes nothing.
 
@@ -153,6 +164,8 @@ class Engine:
                 ones are served in order of arrival. A level counts for `EngineConfig.priority_interval`
                 seconds of waiting, so that nothing waits for ever.
             cache_salt: requests share cached blocks only with others of the same salt; None is one too.
+            constraint: what `constraints.prepare(params)` gave, on another thread. Where it is missing and
+                params call for one it is made here, and the caller waits.
 
         Raises:
             RequestError: an argument is invalid.
@@ -178,7 +191,12 @@ class Engine:
             stops = set(params.stop_ids) if params.ignore_eos else {*params.stop_ids, *self._eos_token_ids}
             if len(stops) >= vocab_size:
                 raise RequestError("min_tokens", params.min_tokens, "0 where every token ends the sequence")
+            if params.allowed_token_ids is not None and stops.issuperset(params.allowed_token_ids):
+                limit = "0 where every one of allowed_token_ids ends the sequence"
+                raise RequestError("min_tokens", params.min_tokens, limit)
         self.scheduler.length_limit(len(packed), params.max_tokens)
+        if constraint is None and params.constrained:
+            constraint = self.constraints.prepare(params)
 
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
         request = Request(request_id, prompt, packed.tolist(), params, seed, self._clock())
@@ -194,7 +212,10 @@ class Engine:
                 report_prompt=index == 0,
                 priority=priority,
                 root=root,
+                bad_words=() if constraint is None else constraint.bad_words,
             )
+            if constraint is not None and constraint.mask is not None:
+                sequence.set_mask(constraint.mask)
             detokenizer = None
             if params.detokenize:
                 detokenizer = self._make_detokenizer(
@@ -206,6 +227,9 @@ class Engine:
             sequence.owner = (request, completion)
             request.completions.append(completion)
         with self._guard:
+            if constraint is not None and constraint.grammar is not None:
+                for completion in request.completions:
+                    self._guides.add(completion.sequence, constraint.grammar)
             self._requests[request_id] = request
             leader, *followers = [completion.sequence for completion in request.completions]
             self.scheduler.add(leader, request.metrics.arrival_time, followers)
@@ -246,6 +270,7 @@ class Engine:
     def _abort(self, request: Request, *, text: bool = True) -> None:
         for completion in request.completions:
             if completion.finish_reason is None:
+                self._guides.discard(completion.sequence)
                 self.scheduler.abort(completion.sequence)
                 before = completion.num_tokens
                 completion.cut("abort", text=text)
@@ -290,13 +315,14 @@ class Engine:
         started = self._clock()
         scheduler = self.scheduler
         try:
-            batch = scheduler.schedule()
-            if scheduler.preempted or scheduler.admitted:
-                self._note_scheduled(started)
+            batch = self._schedule(started)
             if batch is None:
                 return
             result = self._executor.collect(self._executor.submit(batch))
             moved = scheduler.update(result)
+            if self._guides:
+                self._guides.advance(moved)  # the workers go on while outputs are made
+                self._pace = self._clock() - started
         except Exception as error:
             raise self._die(error) from error
         except BaseException as error:
@@ -326,6 +352,43 @@ class Engine:
                 )
         except BaseException as error:  # tokens may be lost; going on would give wrong text
             raise self._die(error) from error
+
+    def _schedule(self, started: float) -> StepBatch | None:
+        """The next step's batch. Where nothing can go on without a mask, this waits for one."""
+        scheduler = self.scheduler
+        patience: float | None = min(max(MASK_SHARE * self._pace, 0.0), MAX_MASK_SECONDS)
+        while True:
+            if self._guides.pending:
+                self._take_masks(patience)
+            batch = scheduler.schedule()
+            if scheduler.preempted or scheduler.admitted:
+                self._note_scheduled(started)
+            if batch is not None or not self._guides.pending:
+                return batch
+            patience = None
+
+    def _take_masks(self, patience: float | None) -> None:
+        """Let held sequences go whose masks are there, and end those that have none."""
+        touched: dict[str, Request] = {}
+        for sequence, reason in self._guides.collect(patience):
+            request: Request
+            request, completion = sequence.owner
+            logger.error(
+                "request %s: its grammar has no next token (%.200s); it ends here",
+                sequence.request_id,
+                reason,
+            )
+            self.scheduler.abort(sequence)
+            self._end_in_error(request, completion)
+            touched[sequence.request_id] = request
+        if touched:
+            self._report(touched, self._clock())
+
+    def _end_in_error(self, request: Request, completion: Completion) -> None:
+        before = completion.num_tokens
+        completion.cut("error")
+        request.metrics.num_generated_tokens += completion.num_tokens - before
+        request.num_running -= 1
 
     def _note_scheduled(self, now: float) -> None:
         """Metrics and events of the sequences that this step preempted or admitted."""
@@ -367,10 +430,11 @@ class Engine:
                 continue
             before = completion.num_tokens
             if sequence.finish_reason == "error":
-                logger.error("request %s: the logits are not numbers; it ends here", sequence.request_id)
-                completion.cut("error")
-                request.metrics.num_generated_tokens += completion.num_tokens - before
-                request.num_running -= 1
+                why = "its constraints leave no token, or " if request.params.constrained else ""
+                logger.error(
+                    "request %s: %sthe logits are not numbers; it ends here", sequence.request_id, why
+                )
+                self._end_in_error(request, completion)
                 touched[sequence.request_id] = request
                 continue
             if not sequence.num_new:
@@ -379,12 +443,17 @@ class Engine:
             stop = completion.advance(result)
             if stop is not None:
                 self.scheduler.finish(sequence, stop)
+                self._guides.discard(sequence)
             finish_reason = sequence.finish_reason
             if finish_reason is not None:
                 completion.close(finish_reason, sequence.stop_reason)
                 request.num_running -= 1
             self._note_tokens(request, sequence, completion.num_tokens - before, now)
         self._delivered = now
+        self._report(touched, now)
+
+    def _report(self, touched: Mapping[str, Request], now: float) -> None:
+        """Make the outputs of requests that moved."""
         for request in touched.values():
             if request.closed:
                 continue
@@ -497,6 +566,8 @@ class Engine:
         for request in list(self._requests.values()):
             self._abort(request, text=False)  # outputs are dropped
         self._ready.clear()
+        self.constraints.close()
+        self._guides.close()
         self._executor.close()
 
     def __enter__(self) -> Engine:

@@ -85,6 +85,9 @@ States of a sequence
 Nothing waits for ever, and nothing deadlocks
 =============================================
 
+One whose next mask is still being worked out is held: it keeps seat and blocks, and its newest token waits
+for a later step. Whoever holds it must let it go (`Sequence.set_mask`) or end it.
+
 A sequence ends at the latest with length_limit = min(prompt + max_tokens, max_model_len, pool tokens + 1)
 tokens; the newest token is never in the cache, so it needs at most length_limit - 1 <= pool tokens. `add`
 refuses a prompt that is not below that. So the running sequence with the first deadline, which may preempt
@@ -111,6 +114,7 @@ Invariants (`check` recomputes every one of them)
     S10 The index knows a sequence's block by the hash of its tokens up to the block's end, or not at all; the
         first num_remembered blocks, all computed, were told.
     S11 One that has followers has no output.
+    S12 The newest token of a sequence that is held is not in the step in flight.
 """
 
 from libc.stdint cimport int32_t
@@ -276,7 +280,8 @@ cdef class Scheduler:
         """Choose the tokens of the next step.
 
         Returns:
-            The batch, valid until the second schedule after this one; None when nothing is unfinished.
+            The batch, valid until the second schedule after this one; None when nothing is unfinished, or
+            when all that could go on is held (`Sequence.held`).
 
         Raises:
             RuntimeError: the step before is still in flight.
@@ -299,6 +304,9 @@ cdef class Scheduler:
             room = True
             budget = self._schedule_decodes(batch, self.max_num_batched_tokens, &room)
             self._schedule_prompts(batch, budget, room)
+            if batch.num_tokens == 0:
+                self._end_step()
+                return None
             batch.seal()
         except BaseException:  # out of memory
             self.rollback()
@@ -388,7 +396,7 @@ cdef class Scheduler:
         while i < len(self._running) and budget > 0:
             sequence = <Sequence> self._running[i]
             i += 1
-            if <Py_ssize_t> sequence.tokens.size() - sequence.num_computed != 1:
+            if sequence.due() != 1:
                 continue
             while not self._grow(batch, sequence, 1):
                 room[0] = False
@@ -429,11 +437,9 @@ cdef class Scheduler:
         waiting ones, by deadline. Without `room` nothing is admitted; nor is anything past a sequence that
         does not fit."""
         cdef Sequence sequence, head
-        cdef list running = [
-            item for item in self._running
-            if (<Sequence> item).tokens.size() - (<Sequence> item).num_computed > 1
-        ]
+        cdef list running = [item for item in self._running if (<Sequence> item).due() > 1]
         cdef Py_ssize_t i = 0
+        cdef Py_ssize_t count
         while budget > 0:
             sequence = <Sequence> running[i] if i < len(running) else None
             head = <Sequence> self._waiting[0] if room and self._waiting else None
@@ -446,9 +452,9 @@ cdef class Scheduler:
                 break
             else:
                 i += 1
-            budget -= self._append(
-                batch, sequence, min(<Py_ssize_t> sequence.tokens.size() - sequence.num_computed, budget)
-            )
+            count = min(sequence.due(), budget)
+            if count > 0:  # else it is held, and all but its newest token was found in the index
+                budget -= self._append(batch, sequence, count)
         return 0
 
     cdef bint _admit(self, Sequence sequence) except -1:
@@ -748,6 +754,8 @@ cdef class Scheduler:
             held = <Py_ssize_t> sequence.blocks.size()
             _require("S4", sequence.num_computed < known, sequence, "has no next token to compute")
             _require("S4", known < sequence.length_limit, sequence, "is at its length limit")
+            waits = not sequence.held or sequence.num_computed + sequence.num_scheduled < known
+            _require("S12", waits, sequence, "is held, but its newest token is scheduled")
             least = self.pool.blocks_for(sequence.num_computed + sequence.num_scheduled)
             fits = least <= held <= self.pool.blocks_for(known)
             _require("S4", fits, sequence, "has too few or too many blocks")

@@ -1,7 +1,7 @@
 # distutils: language = c++
 """C-level interface of one sequence."""
 
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libcpp.vector cimport vector
 
 
@@ -73,12 +73,25 @@ cdef class Sequence:
     cdef vector[int32_t] bias_ids
     cdef vector[float] bias_values
 
+    # What it may sample next.
+    cdef readonly bint held  # until set_mask: what may follow its newest token is not known yet
+    cdef object mask  # keeps mask_words alive; None: anything
+    cdef const uint32_t* mask_words  # (mask_width,) a bit for each token; NULL: anything
+    cdef Py_ssize_t mask_width
+    cdef vector[int32_t] bad_words  # token ids, one word after the other
+    cdef vector[Py_ssize_t] bad_ends  # where each word ends
+
     # What the last update brought; valid until the next schedule.
     cdef readonly Py_ssize_t first_row  # of the rows of the step's result
     cdef readonly Py_ssize_t num_prompt_rows  # logprobs of prompt tokens, the first of its rows
     cdef readonly Py_ssize_t num_new  # new tokens, one row each, after those
 
     cdef int extend_hashes(self, Py_ssize_t count, Py_ssize_t block_size) except -1
+    cpdef int set_mask(self, const uint32_t[::1] mask, bint ends=*) except -1
+    cpdef int hold(self) except -1
+    cdef inline Py_ssize_t due(self) noexcept:
+        """Tokens that a step may compute. The newest one waits while what may follow it is not known."""
+        return <Py_ssize_t> self.tokens.size() - self.num_computed - self.held
     cdef inline bint may_stop(self) noexcept:
         """Whether the next token may be one that ends the sequence."""
         return <Py_ssize_t> self.tokens.size() - self.num_prompt >= self.min_tokens

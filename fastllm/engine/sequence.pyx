@@ -6,7 +6,7 @@ A request with n > 1 is n sequences with one prompt. Everything that a step read
 that scheduling a sequence touches no Python object. Only the scheduler changes one after it was made.
 """
 
-from libc.stdint cimport INT32_MAX, int32_t
+from libc.stdint cimport INT32_MAX, int32_t, uint32_t
 from libcpp.algorithm cimport sort, unique
 from libcpp.vector cimport vector
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -36,13 +36,15 @@ cdef class Sequence:
         priority: lower is more important.
         root: 32 bytes that stand for all that K and V depend on besides the tokens (`prefix_root`); None:
             its blocks are never shared with other requests.
+        bad_words: token ids of words, each at least one: the last of a word's tokens is not sampled where the
+            output ends with those before it.
         owner: an object to find again from the sequence.
     """
 
     def __init__(
         self, str request_id not None, const int32_t[::1] prompt not None, params, *, Py_ssize_t index=0,
         seed=0, eos_token_ids=(), bint report_prompt=True, owner=None, Py_ssize_t priority=0,
-        bytes root=None,
+        bytes root=None, bad_words=(),
     ):
         if prompt.shape[0] == 0:
             raise RequestError("prompt_token_ids", [], "at least one token id")
@@ -88,6 +90,34 @@ cdef class Sequence:
             for token, bias in params.logit_bias.items():
                 self.bias_ids.push_back(token)
                 self.bias_values.push_back(bias)
+        for word in bad_words:
+            for token in word:
+                self.bad_words.push_back(token)
+            self.bad_ends.push_back(<Py_ssize_t> self.bad_words.size())
+
+    cpdef int set_mask(self, const uint32_t[::1] mask, bint ends=False) except -1:
+        """Say what it may sample next, and that it is held no longer. Only between update and schedule.
+
+        Args:
+            mask: uint32 (ceil(V / 32),); token i is allowed if bit i % 32 of word i // 32 is 1. It is not
+                copied, and must not change.
+            ends: nothing but the end is allowed: min_tokens counts as reached.
+        """
+        if mask.shape[0] == 0:
+            raise RequestError("mask", "no words", "one bit for each token of the vocabulary")
+        self.mask = mask
+        self.mask_words = &mask[0]
+        self.mask_width = mask.shape[0]
+        self.held = False
+        if ends:
+            self.min_tokens = min(self.min_tokens, <Py_ssize_t> self.tokens.size() - self.num_prompt)
+        return 0
+
+    cpdef int hold(self) except -1:
+        """What may follow its newest token is being worked out: it is not sampled before set_mask. Only
+        between update and schedule."""
+        self.held = True
+        return 0
 
     cdef int extend_hashes(self, Py_ssize_t count, Py_ssize_t block_size) except -1:
         """Make `hashes` cover the first `count` blocks, which are full: a chain of SHA-256 over the hash of

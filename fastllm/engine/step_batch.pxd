@@ -26,6 +26,7 @@ cdef class StepBatch:
     cdef readonly object row_seq, row_token, row_kind, row_target, num_logprobs
     cdef readonly object temperature, top_k, top_p, min_p, presence, frequency, repetition, seed, sample_index
     cdef readonly object bias_start, bias_ids, bias_values, banned_start, banned_ids
+    cdef readonly object mask_row, mask_words
     cdef readonly object history_start, history, history_prompt_len
 
     # What the engine wants to know besides.
@@ -42,9 +43,12 @@ cdef class StepBatch:
     cdef Column _row_seq, _row_token, _row_kind, _row_target, _num_logprobs
     cdef Column _temperature, _top_k, _top_p, _min_p, _presence, _frequency, _repetition, _seed, _sample_index
     cdef Column _bias_start, _bias_ids, _bias_values, _banned_start, _banned_ids
+    cdef Column _mask_row, _mask_words
     cdef Column _history_start, _history, _history_prompt_len
-    cdef Py_ssize_t num_bias, num_banned, num_history, table_width, shown_seqs
-    cdef object flat_tables, flat_copies  # block_tables and copy_blocks before they got their shape
+    cdef Py_ssize_t num_bias, num_banned, num_masks, num_history, table_width, shown_seqs
+    cdef Py_ssize_t mask_width  # words of a row of mask_words
+    # block_tables, copy_blocks and mask_words before they got their shape
+    cdef object flat_tables, flat_copies, flat_masks
 
     cdef int begin(self) except -1
     cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1
@@ -53,6 +57,8 @@ cdef class StepBatch:
     cdef int seal(self) except -1
     cdef int _reserve_rows(self, Py_ssize_t count) except -1
     cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind) except -1
+    cdef int _append_mask(self, Sequence sequence, Py_ssize_t row) except -1
+    cdef int _append_bad_words(self, Sequence sequence) except -1
     cdef int _append_lists(self, Sequence sequence, Py_ssize_t row) except -1
     cdef int _fill_block_tables(self) except -1
     cdef int _publish(self) except -1

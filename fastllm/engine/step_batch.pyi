@@ -1,6 +1,6 @@
 from typing_extensions import disjoint_base
 
-from fastllm.executor.base import Float32Array, Int32Array, UInt64Array
+from fastllm.executor.base import Float32Array, Int32Array, UInt32Array, UInt64Array
 
 @disjoint_base
 class StepBatch:
@@ -31,6 +31,8 @@ class StepBatch:
     bias_values: Float32Array
     banned_start: Int32Array
     banned_ids: Int32Array
+    mask_row: Int32Array
+    mask_words: UInt32Array
     history_start: Int32Array
     history: Int32Array
     history_prompt_len: Int32Array

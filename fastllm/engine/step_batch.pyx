@@ -8,7 +8,7 @@ arrays are views of the buffers and are made anew only when their length changes
 decodes makes no Python object per step.
 """
 
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 import numpy as np
@@ -100,6 +100,8 @@ cdef class StepBatch:
         self._bias_ids = Column(np.int32, 1)
         self._bias_values = Column(np.float32, 1)
         self._banned_ids = Column(np.int32, 1)
+        self._mask_row = for_tokens()
+        self._mask_words = Column(np.uint32, 1)
         self._history = Column(np.int32, 1)
         self._copy_blocks = Column(np.int32, 2)
         self.copies = []
@@ -110,7 +112,7 @@ cdef class StepBatch:
         self.sequences.clear()
         self.copies.clear()
         self.num_tokens = self.num_seqs = self.num_rows = self.num_prefill_tokens = 0
-        self.num_bias = self.num_banned = self.num_history = 0
+        self.num_bias = self.num_banned = self.num_masks = self.num_history = 0
         self.table_width = 1
         return 0
 
@@ -185,8 +187,11 @@ cdef class StepBatch:
         (<uint64_t*> self._seed.data)[row] = sequence.seed
         (<int32_t*> self._sample_index.data)[row] = <int32_t> sequence.index
         (<int32_t*> self._history_prompt_len.data)[row] = 0
+        (<int32_t*> self._mask_row.data)[row] = -1
         if sampled:
             self._append_lists(sequence, row)
+            if sequence.mask_words != NULL:
+                self._append_mask(sequence, row)
         (<int32_t*> self._bias_start.data)[row + 1] = <int32_t> self.num_bias
         (<int32_t*> self._banned_start.data)[row + 1] = <int32_t> self.num_banned
         (<int32_t*> self._history_start.data)[row + 1] = <int32_t> self.num_history
@@ -198,7 +203,7 @@ cdef class StepBatch:
             for column in (
                 self._row_seq, self._row_token, self._row_kind, self._row_target, self._num_logprobs,
                 self._temperature, self._top_k, self._top_p, self._min_p, self._presence, self._frequency,
-                self._repetition, self._seed, self._sample_index, self._history_prompt_len,
+                self._repetition, self._seed, self._sample_index, self._history_prompt_len, self._mask_row,
             ):
                 (<Column> column).reserve(count)
             for column in (self._bias_start, self._banned_start, self._history_start):
@@ -251,6 +256,8 @@ cdef class StepBatch:
                 size * sizeof(int32_t),
             )
             self.num_banned += size
+        if sequence.bad_ends.size():
+            self._append_bad_words(sequence)
         if sequence.penalized:
             size = <Py_ssize_t> sequence.tokens.size()
             self._history.reserve(self.num_history + size)
@@ -260,6 +267,40 @@ cdef class StepBatch:
             )
             self.num_history += size
             (<int32_t*> self._history_prompt_len.data)[row] = <int32_t> sequence.num_prompt
+        return 0
+
+    cdef int _append_mask(self, Sequence sequence, Py_ssize_t row) except -1:
+        """A copy of the sequence's mask: its own may be another one while the step is still in flight."""
+        cdef Py_ssize_t width = sequence.mask_width
+        if self.num_masks == 0:
+            self.mask_width = width
+        elif width != self.mask_width:
+            raise ValueError(f"a mask of {width} words beside one of {self.mask_width}")
+        self._mask_words.reserve((self.num_masks + 1) * width)
+        memcpy(
+            <uint32_t*> self._mask_words.data + self.num_masks * width, sequence.mask_words,
+            width * sizeof(uint32_t),
+        )
+        (<int32_t*> self._mask_row.data)[row] = <int32_t> self.num_masks
+        self.num_masks += 1
+        return 0
+
+    cdef int _append_bad_words(self, Sequence sequence) except -1:
+        """Ban the last token of each bad word whose other tokens the output ends with."""
+        cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
+        cdef Py_ssize_t begin = 0
+        cdef Py_ssize_t end, length, i
+        self._banned_ids.reserve(self.num_banned + <Py_ssize_t> sequence.bad_ends.size())
+        for end in sequence.bad_ends:
+            length = end - begin - 1
+            if length <= size - sequence.num_prompt:
+                i = 0
+                while i < length and sequence.tokens[size - length + i] == sequence.bad_words[begin + i]:
+                    i += 1
+                if i == length:
+                    (<int32_t*> self._banned_ids.data)[self.num_banned] = sequence.bad_words[end - 1]
+                    self.num_banned += 1
+            begin = end
         return 0
 
     cdef int seal(self) except -1:
@@ -294,6 +335,11 @@ cdef class StepBatch:
         if flat is not self.flat_copies:
             self.flat_copies = flat
             self.copy_blocks = flat.reshape(-1, 2)
+        flat = self._mask_words.publish(self.num_masks * self.mask_width)
+        if flat is not self.flat_masks:
+            self.flat_masks = flat
+            self.mask_words = flat.reshape(self.num_masks, self.mask_width)
+        self.mask_row = self._mask_row.publish(rows)
         self.token_ids = self._token_ids.publish(tokens)
         self.positions = self._positions.publish(tokens)
         self.slot_mapping = self._slot_mapping.publish(tokens)
