@@ -7,7 +7,7 @@ import hashlib
 import logging
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class ModelOptions:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     enable_prefix_caching: bool = True
+    speculative_config: Mapping[str, Any] | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_tokens: int | None = None
     threads: int | None = None
@@ -68,6 +69,7 @@ class ModelOptions:
         _choice("block_size", self.block_size, BLOCK_SIZES)
         if not isinstance(self.enable_prefix_caching, bool):
             raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
+        _check_speculation(self.speculative_config)
         _count("max_num_seqs", self.max_num_seqs, 1, 65536)
         _count("max_num_batched_tokens", self.max_num_batched_tokens, 1, _INT32_MAX)
         _count("seed", self.seed, -(2**63), 2**64 - 1)
@@ -248,6 +250,7 @@ def _engine(
 ) -> Engine:
     from fastllm.engine.engine import Engine, EngineConfig
 
+    speculation = options.speculative_config or {}
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=options.max_num_seqs,
@@ -256,6 +259,8 @@ def _engine(
         vocab_size=spec.vocab_size,
         seed=options.seed,
         enable_prefix_caching=options.enable_prefix_caching,
+        num_speculative_tokens=speculation.get("num_speculative_tokens", 10) if speculation else 0,
+        prompt_lookup_min=speculation.get("prompt_lookup_min", 2),
         cache_identity=identity,
     )
     return Engine(executor, tokenizer, config, hooks)
@@ -265,6 +270,24 @@ def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
     if not plain or value not in allowed:
         raise RequestError(name, value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+
+def _check_speculation(config: object) -> None:
+    """What `LLM` says of speculative_config; an unknown entry is refused."""
+    if config is None:
+        return
+    if not isinstance(config, Mapping):
+        raise RequestError("speculative_config", config, 'a mapping such as {"method": "ngram"}')
+    ranges = {"num_speculative_tokens": 64, "prompt_lookup_min": 8}
+    for key, value in config.items():
+        if key == "method":
+            _choice("speculative_config: method", value, ("ngram",))
+        elif key in ranges:
+            _count(f"speculative_config: {key}", value, 1, ranges[key])
+        else:
+            raise RequestError("speculative_config", key, "method, " + ", ".join(ranges))
+    if "method" not in config:
+        raise RequestError("speculative_config", config, 'an entry "method"')
 
 
 def _count(name: str, value: Any, least: int, most: int) -> None:

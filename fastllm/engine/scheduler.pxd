@@ -4,8 +4,10 @@
 from libc.stdint cimport int32_t
 
 from fastllm.engine.block_pool cimport BlockPool
+from fastllm.engine.drafter cimport NgramDrafter
 from fastllm.engine.sequence cimport FinishReason, Sequence, SequenceState
 from fastllm.engine.step_batch cimport StepBatch
+from fastllm.engine.step_cost cimport StepCost
 
 
 cdef class Scheduler:
@@ -20,6 +22,9 @@ cdef class Scheduler:
 
     cdef readonly double priority_interval  # seconds that make up for one level of priority
     cdef readonly Py_ssize_t num_prefix_queries, num_prefix_hits  # prompt tokens
+    cdef readonly NgramDrafter drafter
+    cdef readonly StepCost cost
+    cdef readonly Py_ssize_t num_drafts, num_draft_tokens, num_accepted_tokens
 
     cdef list _running  # by deadline
     cdef list _waiting  # by deadline
@@ -32,6 +37,7 @@ cdef class Scheduler:
     cpdef int add(self, Sequence sequence, double now=*, list followers=*) except -1
     cpdef StepBatch schedule(self)
     cpdef list update(self, result)
+    cpdef int observe(self, double seconds) except -1
     cpdef int rollback(self) except -1
     cpdef int finish(self, Sequence sequence, stop_reason=*) except -1
     cpdef int abort(self, Sequence sequence) except -1
@@ -53,6 +59,9 @@ cdef class Scheduler:
     cdef int _seat(self, Sequence follower) except -1
     cdef int _succeed(self, Sequence leader) except -1
     cdef int _end_step(self) except -1
-    cdef bint _take_token(self, Sequence sequence, const int32_t[::1] tokens, list moved) except -1
+    cdef double _price_of_a_guess(self)
+    cdef Py_ssize_t _draft(self, Sequence sequence, Py_ssize_t most, double price) except -1
+    cdef FinishReason _take_tokens(self, Sequence sequence, const int32_t[::1] tokens)
+    cdef bint _settle(self, Sequence sequence, FinishReason reason, list moved) except -1
     cdef FinishReason _finish_of(self, Sequence sequence)
     cdef int _retire(self, Sequence sequence, SequenceState state, FinishReason reason) except -1

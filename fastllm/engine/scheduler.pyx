@@ -119,12 +119,19 @@ from libcpp.algorithm cimport binary_search
 from fastllm.errors import CapacityError, RequestError
 
 from fastllm.engine.block_pool cimport BlockPool
+from fastllm.engine.drafter cimport NgramDrafter
 from fastllm.engine.sequence cimport (
     FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SEQUENCE_ABORTED, SEQUENCE_FINISHED,
     SEQUENCE_FOLLOWING, SEQUENCE_NEW, SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason,
     Sequence, SequenceState,
 )
 from fastllm.engine.step_batch cimport StepBatch
+from fastllm.engine.step_cost cimport StepCost
+
+
+cdef double FIRST_PRICE = 0.4  # of a guess, before anything is known of what steps take
+cdef double PRICE_MARGIN = 1.2  # guesses are worth it only if they pay more than that
+cdef double LOWEST_PRICE = 0.15  # a second token may cost nothing, the tenth does
 
 
 cdef class Scheduler:
@@ -137,18 +144,21 @@ cdef class Scheduler:
         max_model_len: most tokens of a sequence, prompt included, >= 2.
         vocab_size: sampled ids must be below it.
         priority_interval: seconds of waiting that make up for one level of priority.
+        drafter: guesses at tokens for sequences that decode; None: nothing is guessed.
 
     Attributes:
         admitted, preempted: sequences that the last `schedule` moved, for whoever reports such things.
         num_prefix_queries, num_prefix_hits: prompt tokens that were looked up in the prefix index when their
             sequence was first admitted, and those found there. What a preempted sequence finds again counts
             in neither.
+        num_drafts, num_draft_tokens, num_accepted_tokens: drafts that were computed, their tokens, and those
+            of them that were right.
     """
 
     def __init__(
         self, *, Py_ssize_t num_blocks, Py_ssize_t block_size, Py_ssize_t max_num_seqs,
         Py_ssize_t max_num_batched_tokens, Py_ssize_t max_model_len, Py_ssize_t vocab_size,
-        double priority_interval=10.0,
+        double priority_interval=10.0, NgramDrafter drafter=None,
     ):
         for name, value, low in (
             ("max_num_seqs", max_num_seqs, 1), ("max_num_batched_tokens", max_num_batched_tokens, 1),
@@ -160,6 +170,8 @@ cdef class Scheduler:
             raise RequestError("priority_interval", priority_interval, "seconds in 0..1e9")
         self.pool = BlockPool(num_blocks, block_size)
         self.priority_interval = priority_interval
+        self.drafter = drafter
+        self.cost = StepCost()
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -385,6 +397,11 @@ cdef class Scheduler:
         """
         cdef Sequence sequence, victim
         cdef Py_ssize_t i = 0
+        cdef Py_ssize_t spare = 0  # of the budget, for guesses
+        cdef double price = 0.0
+        if self.drafter is not None:
+            price = self._price_of_a_guess()
+            spare = budget - <Py_ssize_t> len(self._running)
         while i < len(self._running) and budget > 0:
             sequence = <Sequence> self._running[i]
             i += 1
@@ -396,8 +413,45 @@ cdef class Scheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     return budget
-            budget -= self._append(batch, sequence, 1)
+            if spare > 0 and not sequence.followers:
+                spare -= self._draft(sequence, spare, price)
+            budget -= self._append(batch, sequence, 1 + <Py_ssize_t> sequence.draft.size())
         return budget
+
+    cdef double _price_of_a_guess(self):
+        """What a drafted token adds to the step, in time that a step takes for one token without drafts; 0
+        or more."""
+        cdef double context = 0.0
+        cdef Py_ssize_t decodes = 0
+        cdef double seconds
+        for item in self._running:
+            if <Py_ssize_t> (<Sequence> item).tokens.size() - (<Sequence> item).num_computed == 1:
+                decodes += 1
+                context += <double> (<Sequence> item).tokens.size()
+        seconds = self.cost.predict(decodes, decodes, context)
+        if decodes == 0 or seconds <= 0.0:
+            return FIRST_PRICE
+        return max(
+            PRICE_MARGIN * decodes * self.cost.per_sampled_token(context / decodes) / seconds, LOWEST_PRICE
+        )
+
+    cdef Py_ssize_t _draft(self, Sequence sequence, Py_ssize_t most, double price) except -1:
+        """Let the drafter guess at most `most` tokens, for which free blocks suffice. Returns how many."""
+        cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
+        cdef Py_ssize_t missing
+        most = min(most, sequence.length_limit - 1 - size)
+        self.drafter.propose(sequence, most, price)
+        missing = self.pool.blocks_for(size + <Py_ssize_t> sequence.draft.size())
+        missing -= <Py_ssize_t> sequence.blocks.size()
+        if missing > 0:
+            if self.pool.can_allocate(missing + <Py_ssize_t> len(self._running)):
+                self.pool.allocate_into(sequence.blocks, missing)
+            else:  # nobody is to be preempted for a guess
+                sequence.draft.clear()
+        if not sequence.draft.empty():
+            self.num_drafts += 1
+            self.num_draft_tokens += <Py_ssize_t> sequence.draft.size()
+        return <Py_ssize_t> sequence.draft.size()
 
     cdef bint _grow(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1:
         """Give a running sequence what it needs to compute `count` tokens: blocks of its own to write to.
@@ -505,8 +559,10 @@ cdef class Scheduler:
             raise RuntimeError("update() needs a step in flight")
         cdef const int32_t[::1] tokens = result.tokens
         cdef Sequence sequence
+        cdef FinishReason reason
         cdef Py_ssize_t i, row
         cdef bint ended = False
+        cdef bint leads
         if tokens.shape[0] != batch.num_rows:
             raise ValueError(f"a result of {tokens.shape[0]} rows for a batch of {batch.num_rows}")
         for row in range(batch.num_rows):
@@ -518,18 +574,22 @@ cdef class Scheduler:
             sequence = <Sequence> batch.sequences[i]
             if sequence.state_code != SEQUENCE_RUNNING:  # aborted meanwhile
                 continue
-            sequence.num_computed += sequence.num_scheduled
             sequence.prompt_logprobs_done += sequence.num_prompt_rows
+            leads = sequence.num_new > 0 and len(sequence.followers) > 0
+            reason = self._take_tokens(sequence, tokens)
+            if sequence.draft.empty():
+                sequence.num_computed += sequence.num_scheduled
+            else:  # what came after a wrong guess is computed again
+                sequence.num_computed = <Py_ssize_t> sequence.tokens.size() - 1
             if sequence.root is not None:
                 self._remember(sequence)
-            if sequence.num_new and sequence.followers:
-                followers = self._release_followers(sequence)
+            followers = self._release_followers(sequence) if leads else ()
+            ended |= self._settle(sequence, reason, moved)
+            for item in followers:
+                reason = self._take_tokens(<Sequence> item, tokens)
+                self._settle(<Sequence> item, reason, moved)
+            if leads:
                 forked += followers
-                ended |= self._take_token(sequence, tokens, moved)
-                for item in followers:
-                    self._take_token(<Sequence> item, tokens, moved)
-            else:
-                ended |= self._take_token(sequence, tokens, moved)
         self._end_step()
         if ended:
             self._running = [
@@ -584,24 +644,51 @@ cdef class Scheduler:
         _insert(self._waiting, follower)
         return 0
 
-    cdef bint _take_token(self, Sequence sequence, const int32_t[::1] tokens, list moved) except -1:
-        """What the step yielded for a sequence: the token of its sample row, if it has one. Returns whether
-        that ended it."""
-        cdef int32_t token
+    cdef FinishReason _take_tokens(self, Sequence sequence, const int32_t[::1] tokens):
+        """The tokens of its sample rows: the first, and those after drafted ones that were guessed right.
+        Sets num_new to their number. Returns whether the last of them ends it."""
         cdef FinishReason reason = FINISH_NONE
-        if sequence.num_new:
-            token = tokens[sequence.first_row + sequence.num_prompt_rows]
+        cdef Py_ssize_t drafted = <Py_ssize_t> sequence.draft.size()
+        cdef Py_ssize_t first = sequence.first_row + sequence.num_prompt_rows
+        cdef Py_ssize_t made = 0
+        cdef Py_ssize_t right = 0
+        cdef int32_t token
+        while made < sequence.num_new and reason == FINISH_NONE:
+            token = tokens[first + made]
             if token < 0:
-                sequence.num_new = 0
-                reason = FINISH_ERROR
-            else:
-                sequence.tokens.push_back(token)
-                reason = self._finish_of(sequence)
-            if reason != FINISH_NONE:
-                self._retire(sequence, SEQUENCE_FINISHED, reason)
+                if made == 0:
+                    reason = FINISH_ERROR
+                break  # else the next step ends it
+            sequence.tokens.push_back(token)
+            reason = self._finish_of(sequence)
+            made += 1
+            if made > drafted or token != sequence.draft[made - 1]:
+                break
+            right += 1
+        self.num_accepted_tokens += right
+        if made and self.drafter is not None:
+            if drafted == 0:  # what might have been is held against what came
+                self.drafter.learn(sequence, 1, sequence.tokens.back() == sequence.guess)
+            else:  # what comes after the end was neither right nor wrong
+                self.drafter.learn(sequence, drafted if right < made else right, right)
+        sequence.num_new = made
+        return reason
+
+    cdef bint _settle(self, Sequence sequence, FinishReason reason, list moved) except -1:
+        """After its tokens were taken. Returns whether it ended."""
+        if reason != FINISH_NONE:
+            self._retire(sequence, SEQUENCE_FINISHED, reason)
         if sequence.num_new or sequence.num_prompt_rows or reason == FINISH_ERROR:
             moved.append(sequence)
         return reason != FINISH_NONE
+
+    cpdef int observe(self, double seconds) except -1:
+        """Say what the step in flight took to compute, before its update."""
+        if self.in_flight is not None:
+            self.cost.observe(
+                self.in_flight.num_tokens, self.in_flight.num_rows, self.in_flight.context, seconds
+            )
+        return 0
 
     cpdef int rollback(self) except -1:
         """Forget the step in flight, if there is one; what it would have computed is scheduled again."""
@@ -693,7 +780,13 @@ cdef class Scheduler:
         """No step is in flight any more: nothing is scheduled, and what drained is gone."""
         cdef Sequence sequence
         for item in self.in_flight.sequences:
-            (<Sequence> item).num_scheduled = 0
+            sequence = <Sequence> item
+            sequence.num_scheduled = 0
+            if not sequence.draft.empty():
+                sequence.draft.clear()
+                self.pool.truncate_table(
+                    sequence.blocks, self.pool.blocks_for(<Py_ssize_t> sequence.tokens.size())
+                )
         for item in self._draining:
             sequence = <Sequence> item
             self.pool.free_table(sequence.blocks)
@@ -749,7 +842,7 @@ cdef class Scheduler:
             _require("S4", sequence.num_computed < known, sequence, "has no next token to compute")
             _require("S4", known < sequence.length_limit, sequence, "is at its length limit")
             least = self.pool.blocks_for(sequence.num_computed + sequence.num_scheduled)
-            fits = least <= held <= self.pool.blocks_for(known)
+            fits = least <= held <= max(least, self.pool.blocks_for(known))
             _require("S4", fits, sequence, "has too few or too many blocks")
             first = sequence.num_computed // self.pool.block_size
             for i in range(first, least if sequence.num_scheduled else first):
