@@ -66,6 +66,9 @@ class LLM:
             but edits, summaries and code come up to several times as fast. Where guesses do not pay, as in
             large batches, none are made. Also "num_speculative_tokens" (most in a step, 10) and
             "prompt_lookup_min" (tokens that must have stood there before, 2). None: off.
+        target_itl_ms: milliseconds that there should be at most between two tokens of a running request:
+            prompts are computed in chunks that leave steps so short, and requests wait where decoding alone
+            would take three quarters of it. None: steps are as large as max_num_batched_tokens allows.
         kv_cache_memory_bytes: size of the KV cache in bytes.
         kv_cache_tokens: the same in tokens, rounded up to whole blocks. With neither it takes what
             max_num_seqs sequences of max_model_len need, at most half of the free memory.
@@ -97,6 +100,7 @@ class LLM:
         block_size: int = 16,
         enable_prefix_caching: bool = True,
         speculative_config: Mapping[str, Any] | None = None,
+        target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_tokens: int | None = None,
         threads: int | None = None,
@@ -116,6 +120,7 @@ class LLM:
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
             speculative_config=speculative_config,
+            target_itl_ms=target_itl_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_tokens=kv_cache_tokens,
             threads=threads,

@@ -51,6 +51,7 @@ class ModelOptions:
     block_size: int = 16
     enable_prefix_caching: bool = True
     speculative_config: Mapping[str, Any] | None = None
+    target_itl_ms: float | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_tokens: int | None = None
     threads: int | None = None
@@ -70,6 +71,10 @@ class ModelOptions:
         if not isinstance(self.enable_prefix_caching, bool):
             raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
         _check_speculation(self.speculative_config)
+        target = self.target_itl_ms
+        real = isinstance(target, (int, float)) and not isinstance(target, bool)
+        if target is not None and not (real and 0 < target <= 1e6):
+            raise RequestError("target_itl_ms", target, "milliseconds in (0, 1e6]")
         _count("max_num_seqs", self.max_num_seqs, 1, 65536)
         _count("max_num_batched_tokens", self.max_num_batched_tokens, 1, _INT32_MAX)
         _count("seed", self.seed, -(2**63), 2**64 - 1)
@@ -259,6 +264,7 @@ def _engine(
         vocab_size=spec.vocab_size,
         seed=options.seed,
         enable_prefix_caching=options.enable_prefix_caching,
+        target_itl_ms=options.target_itl_ms,
         num_speculative_tokens=speculation.get("num_speculative_tokens", 10) if speculation else 0,
         prompt_lookup_min=speculation.get("prompt_lookup_min", 2),
         cache_identity=identity,

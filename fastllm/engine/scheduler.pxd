@@ -23,6 +23,8 @@ cdef class Scheduler:
     cdef readonly double priority_interval  # seconds that make up for one level of priority
     cdef readonly Py_ssize_t num_prefix_queries, num_prefix_hits  # prompt tokens
     cdef readonly NgramDrafter drafter
+    cdef readonly double target_itl  # seconds; 0 = none
+    cdef Py_ssize_t _steps_without_prompts
     cdef readonly StepCost cost
     cdef readonly Py_ssize_t num_drafts, num_draft_tokens, num_accepted_tokens
 
@@ -51,7 +53,12 @@ cdef class Scheduler:
     cdef Py_ssize_t _schedule_decodes(self, StepBatch batch, Py_ssize_t budget, bint* room) except -1
     cdef bint _grow(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1
     cdef Py_ssize_t _append(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1
-    cdef int _schedule_prompts(self, StepBatch batch, Py_ssize_t budget, bint room) except -1
+    cdef double _seconds_for_prompts(self, StepBatch batch)
+    cdef double _reach(self)
+    cdef bint _keeps_target(self, Sequence newcomer)
+    cdef int _schedule_prompts(
+        self, StepBatch batch, Py_ssize_t budget, bint room, double seconds
+    ) except -1
     cdef bint _admit(self, Sequence sequence) except -1
     cdef int _preempt(self, Sequence sequence) except -1
     cdef int _remember(self, Sequence sequence) except -1

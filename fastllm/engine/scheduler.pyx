@@ -113,6 +113,7 @@ Invariants (`check` recomputes every one of them)
     S11 One that has followers has no output.
 """
 
+from libc.math cimport INFINITY
 from libc.stdint cimport int32_t
 from libcpp.algorithm cimport binary_search
 
@@ -131,6 +132,10 @@ from fastllm.engine.step_cost cimport StepCost
 
 cdef double FIRST_PRICE = 0.4  # of a guess, before anything is known of what steps take
 cdef double PRICE_MARGIN = 1.2  # guesses are worth it only if they pay more than that
+cdef double DEVIATIONS = 2.0  # of the predictions, that steps stay below the target by
+cdef double FOR_DECODES = 0.75  # of the target at most, if there are prompts to come
+cdef Py_ssize_t STEPS_WITHOUT_PROMPTS = 32
+cdef Py_ssize_t LEAST_PROMPT_TOKENS = 16
 cdef double LOWEST_PRICE = 0.15  # a second token may cost nothing, the tenth does
 
 
@@ -145,6 +150,9 @@ cdef class Scheduler:
         vocab_size: sampled ids must be below it.
         priority_interval: seconds of waiting that make up for one level of priority.
         drafter: guesses at tokens for sequences that decode; None: nothing is guessed.
+        target_itl: seconds between two tokens of a sequence that steps are cut to, as far as `StepCost` can
+            tell: chunks of prompts get what decodes leave of it, and nothing is admitted that would not leave
+            room for them. 0: steps are as large as max_num_batched_tokens allows.
 
     Attributes:
         admitted, preempted: sequences that the last `schedule` moved, for whoever reports such things.
@@ -158,7 +166,7 @@ cdef class Scheduler:
     def __init__(
         self, *, Py_ssize_t num_blocks, Py_ssize_t block_size, Py_ssize_t max_num_seqs,
         Py_ssize_t max_num_batched_tokens, Py_ssize_t max_model_len, Py_ssize_t vocab_size,
-        double priority_interval=10.0, NgramDrafter drafter=None,
+        double priority_interval=10.0, NgramDrafter drafter=None, double target_itl=0.0,
     ):
         for name, value, low in (
             ("max_num_seqs", max_num_seqs, 1), ("max_num_batched_tokens", max_num_batched_tokens, 1),
@@ -168,6 +176,9 @@ cdef class Scheduler:
                 raise RequestError(name, value, f"an integer in {low}..2**31-1")
         if not 0.0 <= priority_interval <= 1e9:
             raise RequestError("priority_interval", priority_interval, "seconds in 0..1e9")
+        if not 0.0 <= target_itl <= 1e6:
+            raise RequestError("target_itl", target_itl, "seconds in 0..1e6")
+        self.target_itl = target_itl
         self.pool = BlockPool(num_blocks, block_size)
         self.priority_interval = priority_interval
         self.drafter = drafter
@@ -310,7 +321,7 @@ cdef class Scheduler:
                 self._make_room()
             room = True
             budget = self._schedule_decodes(batch, self.max_num_batched_tokens, &room)
-            self._schedule_prompts(batch, budget, room)
+            self._schedule_prompts(batch, budget, room, self._seconds_for_prompts(batch))
             batch.seal()
         except BaseException:  # out of memory
             self.rollback()
@@ -478,17 +489,53 @@ cdef class Scheduler:
         sequence.num_scheduled = count
         return count
 
-    cdef int _schedule_prompts(self, StepBatch batch, Py_ssize_t budget, bint room) except -1:
-        """Spend what is left of the budget on chunks of prompts (or of what was preempted), running and
-        waiting ones, by deadline. Without `room` nothing is admitted; nor is anything past a sequence that
-        does not fit."""
+    cdef double _seconds_for_prompts(self, StepBatch batch):
+        """What the target leaves for prompts beside the decodes in the batch; infinite without either.
+
+        Every now and then prompts get a little even if nothing is left: sequences that decode for long, with
+        a target that they alone exceed, hold the others up, but not for ever.
+        """
+        cdef double left
+        if self.target_itl == 0.0 or batch.num_tokens == 0:
+            self._steps_without_prompts = 0
+            return INFINITY
+        left = self._reach() - self.cost.predict(batch.num_tokens, batch.num_rows, batch.context)
+        self._steps_without_prompts += 1
+        if self._steps_without_prompts > STEPS_WITHOUT_PROMPTS:
+            left = max(left, LEAST_PROMPT_TOKENS * self.cost.per_token(0.0))
+        return left
+
+    cdef double _reach(self):
+        """The target, less what predictions are wrong by."""
+        return max(self.target_itl - DEVIATIONS * self.cost.deviation, 0.5 * self.target_itl)
+
+    cdef bint _keeps_target(self, Sequence newcomer):
+        """Whether steps in which all running sequences and one more decode leave something for prompts. A
+        target that one alone exceeds is no reason to wait."""
+        cdef double context = <double> newcomer.tokens.size()
+        cdef Py_ssize_t count = len(self._running) + 1
+        cdef double most = FOR_DECODES * self._reach()
+        if self.target_itl == 0.0 or count == 1 or self.cost.predict(1.0, 1.0, context) > most:
+            return True
+        for item in self._running:
+            context += <double> (<Sequence> item).tokens.size()
+        return self.cost.predict(count, count, context) <= most
+
+    cdef int _schedule_prompts(
+        self, StepBatch batch, Py_ssize_t budget, bint room, double seconds
+    ) except -1:
+        """Spend what is left of the budget, in tokens and in seconds, on chunks of prompts (or of what was
+        preempted), running and waiting ones, by deadline. Without `room` nothing is admitted; nor is anything
+        past a sequence that does not fit."""
         cdef Sequence sequence, head
         cdef list running = [
             item for item in self._running
             if (<Sequence> item).tokens.size() - (<Sequence> item).num_computed > 1
         ]
         cdef Py_ssize_t i = 0
-        while budget > 0:
+        cdef Py_ssize_t count
+        cdef double price
+        while budget > 0 and seconds > 0.0:
             sequence = <Sequence> running[i] if i < len(running) else None
             head = <Sequence> self._waiting[0] if room and self._waiting else None
             if head is not None and (sequence is None or _before(head, sequence)):
@@ -500,15 +547,22 @@ cdef class Scheduler:
                 break
             else:
                 i += 1
-            budget -= self._append(
-                batch, sequence, min(<Py_ssize_t> sequence.tokens.size() - sequence.num_computed, budget)
-            )
+            count = min(<Py_ssize_t> sequence.tokens.size() - sequence.num_computed, budget)
+            if seconds != INFINITY:
+                price = self.cost.per_token(sequence.num_computed + 0.5 * count)
+                if price > 0.0 and count * price > seconds:
+                    count = max(<Py_ssize_t> (seconds / price), 1)
+                seconds -= count * price
+            self._steps_without_prompts = 0
+            budget -= self._append(batch, sequence, count)
         return 0
 
     cdef bint _admit(self, Sequence sequence) except -1:
         """WAITING, PREEMPTED -> RUNNING for the head of the queue. Returns whether there was room."""
         cdef Py_ssize_t hits = 0
         if not self._has_room(1, self._blocks_to_admit(sequence, &hits)):
+            return False
+        if not self._keeps_target(sequence):
             return False
         del self._waiting[0]
         self.pool.take_prefix(sequence.hashes, hits, sequence.blocks)
