@@ -20,6 +20,7 @@ cdef class Scheduler:
 
     cdef readonly double priority_interval  # seconds that make up for one level of priority
     cdef readonly Py_ssize_t num_prefix_queries, num_prefix_hits  # prompt tokens
+    cdef readonly Py_ssize_t num_preemptions
 
     cdef list _running  # by deadline
     cdef list _waiting  # by deadline
@@ -54,5 +55,6 @@ cdef class Scheduler:
     cdef int _succeed(self, Sequence leader) except -1
     cdef int _end_step(self) except -1
     cdef bint _take_token(self, Sequence sequence, const int32_t[::1] tokens, list moved) except -1
+    cdef FinishReason _take_hidden(self, Sequence sequence, const int32_t[::1] tokens) except *
     cdef FinishReason _finish_of(self, Sequence sequence)
     cdef int _retire(self, Sequence sequence, SequenceState state, FinishReason reason) except -1
