@@ -926,7 +926,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert item.output_token_ids == tokens[: one.stopped_at]
 
     def _check_states(self, one: Live) -> None:
-        """Each position's state once, in order: all of them, or the last; the first ones of what was aborted."""
+        """Each position's state once, in order, or the last one's; the first ones of what was aborted."""
         assert one.item.output_token_ids == []
         states = expected_states(one.prompt)
         if one.params.pooling == "last":

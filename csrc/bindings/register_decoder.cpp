@@ -143,7 +143,8 @@ class DecoderHandle {
     in.rows = shapes["R"];
     check_batch(shapes, in);
 
-    const SampleArrays arrays = read_sample_arrays(shapes, batch, c.vocab_size, kMaxLogprobs);
+    const SampleArrays arrays =
+        read_sample_arrays(shapes, batch, c.vocab_size, kMaxLogprobs, SampleRow::kPool);
     std::int64_t most = 0, pooled = 0;
     rows_.clear();
     for (std::int64_t r = 0; r < in.rows; ++r) {
