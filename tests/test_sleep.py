@@ -293,10 +293,7 @@ def test_the_prefix_cache_does_not_outlive_sleep() -> None:
 
 
 async def final(stream: Any) -> Any:
-    last = None
-    async for last in stream:
-        pass
-    return last
+    return [output async for output in stream][-1]
 
 
 @pytest.mark.asyncio
