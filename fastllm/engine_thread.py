@@ -210,7 +210,7 @@ class EngineThread:
         """Run a function on the engine between two steps.
 
         Commands are served in the order in which they were given. What the function raises goes to the
-        future and no further.
+        future and no further. Until it is called, the future can be cancelled.
 
         Raises:
             EngineDeadError: the engine is dead or closed.
@@ -219,6 +219,8 @@ class EngineThread:
         future: Future[T] = Future()
 
         def command(engine: Engine) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             if self._over is not None:
                 future.set_exception(_copy(self._over))
                 return
@@ -351,7 +353,8 @@ class EngineThread:
         """Call `begin` between two steps, and `end` as soon as nothing is unfinished.
 
         Returns:
-            A future that is done when `end` is, with what either raised.
+            A future that is done when `end` is, with what either raised. Until `begin` is called, it can be
+            cancelled.
         """
         self.check_health()
         future: Future[None] = Future()
@@ -368,6 +371,8 @@ class EngineThread:
                 future.set_result(None)
 
         def command(engine: Engine) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             if self._over is not None:
                 finish(self._over)
                 return

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -400,6 +401,36 @@ async def test_a_held_request_that_cannot_be_served_is_refused_at_last() -> None
         with pytest.raises(RequestError, match="prompt_token_ids"):
             await bad
         assert_alone(await good, ids("abc"), GREEDY)
+
+
+@pytest.mark.asyncio
+async def test_a_call_that_is_cancelled_harms_nobody() -> None:
+    executor = HeldSleeper(held=True)
+    async with make_async(executor) as llm:
+        running = asyncio.ensure_future(final(llm.generate("abc", GREEDY)))
+        await asyncio.to_thread(executor.wait_for_step)
+        calls = (
+            llm.sleep(mode="abort"),
+            llm.pause_generation(),
+            llm.reset_prefix_cache(),
+            llm.is_sleeping(),
+            llm.wake_up(),
+            llm.start_profile(),
+            llm.resume_generation(),
+        )
+        for call in calls:  # before the engine has heard of them
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(call, 0.01)
+        executor.let_go()
+        assert_alone(await running, ids("abc"), GREEDY)
+        executor.before_step = lambda number: time.sleep(0.02)
+        running = asyncio.ensure_future(final(llm.generate("abc", GREEDY)))
+        with pytest.raises(asyncio.TimeoutError):  # while it waits
+            await asyncio.wait_for(llm.pause_generation(wait_for_inflight_requests=True), 0.05)
+        assert_alone(await running, ids("abc"), GREEDY)
+        await llm.resume_generation()
+        assert_alone(await final(llm.generate("abc", GREEDY)), ids("abc"), GREEDY)
+        await llm.check_health()
 
 
 @pytest.mark.asyncio
