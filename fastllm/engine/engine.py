@@ -583,8 +583,8 @@ class Engine:
         """Take the memory again that `sleep` gave back; without it, do nothing.
 
         Raises:
-            ModelFileError, ModelSourceError: the weights cannot be read again, or the files are not the same
-                model's any more. The engine sleeps on, as after any other error.
+            RequestError, ModelFileError: the weights cannot be read again: the files are gone, damaged, or not
+                the same model's any more. The engine sleeps on, as after any other error.
             MemoryError: there is no room.
             EngineDeadError: the engine is dead.
         """

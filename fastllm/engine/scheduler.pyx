@@ -559,7 +559,7 @@ cdef class Scheduler:
         """Tell the prefix index about the blocks that have become full."""
         cdef Py_ssize_t size = self.pool.block_size
         cdef Py_ssize_t full = sequence.num_computed // size
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, j
         if full == sequence.num_remembered:
             return 0
         sequence.extend_hashes(full, size)
@@ -567,7 +567,7 @@ cdef class Scheduler:
             is_new = self.pool.remember(sequence.blocks[i], <bytes> sequence.hashes[i])
             if is_new and self.pool.events is not None:
                 before = sequence.hashes[i - 1] if i else sequence.root
-                tokens = sequence.token_ids[i * size : (i + 1) * size]
+                tokens = [sequence.tokens[j] for j in range(i * size, (i + 1) * size)]
                 self.pool.events.append((sequence.hashes[i], before, tokens))
         sequence.num_remembered = full
         return 0
