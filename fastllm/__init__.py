@@ -26,7 +26,15 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from fastllm.llm import LLM
-    from fastllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from fastllm.outputs import (
+        CompletionOutput,
+        EmbeddingOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        ScoringOutput,
+    )
+    from fastllm.pooling_params import PoolingParams
     from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
     __version__: str
@@ -36,17 +44,20 @@ __all__ = [
     "AsyncLLM",
     "CapacityError",
     "CompletionOutput",
+    "EmbeddingOutput",
     "EngineDeadError",
     "EngineHook",
     "FastLLMError",
     "Logprob",
     "ModelFileError",
     "ModelSourceError",
+    "PoolingParams",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
     "UnsupportedModelError",
     "__version__",
     "errors",
@@ -57,7 +68,18 @@ _HOMES = {
     "LLM": "fastllm.llm",
     "AsyncLLM": "fastllm.async_llm",
     "EngineHook": "fastllm.engine.hooks",
-    **dict.fromkeys(("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"), "fastllm.outputs"),
+    **dict.fromkeys(
+        (
+            "CompletionOutput",
+            "EmbeddingOutput",
+            "Logprob",
+            "RequestMetrics",
+            "RequestOutput",
+            "ScoringOutput",
+        ),
+        "fastllm.outputs",
+    ),
+    "PoolingParams": "fastllm.pooling_params",
     **dict.fromkeys(("RequestOutputKind", "SamplingParams"), "fastllm.sampling_params"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fastllm.errors"),
 }

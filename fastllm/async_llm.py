@@ -13,17 +13,28 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fastllm.engine_thread import CLOSED, Admission, EngineThread, Mailbox
+from fastllm.engine_thread import CLOSED, Admission, EngineThread, Mailbox, Output, aborted_output
 from fastllm.errors import EngineDeadError, RequestError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
-from fastllm.outputs import CompletionOutput, RequestOutput
-from fastllm.prompts import Message, PromptType, parse_params, parse_prompt, render_chat, tokenize
+from fastllm.outputs import EmbeddingOutput, RequestOutput
+from fastllm.pooling_params import PoolingParams
+from fastllm.prompts import (
+    Message,
+    Prompt,
+    PromptType,
+    parse_params,
+    parse_pooling_params,
+    parse_prompt,
+    render_chat,
+    tokenize,
+)
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from fastllm.engine.engine import Engine
     from fastllm.engine.hooks import EngineHook
+    from fastllm.engine.profile import Profile
     from fastllm.formats.tokenizer import Tokenizer
 
 # Text up to this length is tokenized where it stands; that takes less than a millisecond.
@@ -56,6 +67,7 @@ class AsyncLLM:
         target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_tokens: int | None = None,
+        kv_cache_memory_share: float | None = None,
         threads: int | None = None,
         seed: int = 0,
         device: str = "cpu",
@@ -76,6 +88,7 @@ class AsyncLLM:
             target_itl_ms=target_itl_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_tokens=kv_cache_tokens,
+            kv_cache_memory_share=kv_cache_memory_share,
             threads=threads,
             seed=seed,
             device=device,
@@ -132,9 +145,32 @@ class AsyncLLM:
         """
         parsed = parse_prompt(prompt)
         (params,) = parse_params(sampling_params, 1)
+        return self._generate(self._tokenizing(parsed), params, request_id, priority, parsed.cache_salt)
+
+    def encode(
+        self,
+        prompt: PromptType,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[EmbeddingOutput, None]:
+        """Embed a prompt; there is one output.
+
+        Args:
+            pooling_params: None: `PoolingParams()`.
+            prompt, request_id, priority: as for `generate`.
+
+        Raises:
+            As `generate`.
+        """
+        parsed = parse_prompt(prompt)
+        params = parse_pooling_params(pooling_params)
+        return self._generate(self._tokenizing(parsed), params, request_id, priority, parsed.cache_salt)
+
+    def _tokenizing(self, parsed: Prompt) -> _Preparation:
         inline = parsed.text is None or parsed.token_ids is not None or len(parsed.text) <= _INLINE_CHARACTERS
-        work = _Preparation(parsed.text, lambda: tokenize(self._tokenizer, parsed), inline=inline)
-        return self._generate(work, params, request_id, priority, parsed.cache_salt)
+        return _Preparation(parsed.text, lambda: tokenize(self._tokenizer, parsed), inline=inline)
 
     def chat(
         self,
@@ -178,20 +214,21 @@ class AsyncLLM:
     async def _generate(
         self,
         work: _Preparation,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         request_id: str | None,
         priority: int,
         cache_salt: str | None,
-    ) -> AsyncGenerator[RequestOutput, None]:
+    ) -> AsyncGenerator[Any, None]:
+        """The outputs are of the kind that the parameters are for."""
         if request_id is None:
             request_id = f"fastllm-{next(self._numbers)}"
         self._thread.check_health()
         ids = await self._prepare(work, request_id)
         if work.aborted:
-            yield _aborted(request_id, work.text, ids, params)
+            yield aborted_output(request_id, work.text, ids, params)
             return
         bell = self._bell(asyncio.get_running_loop())
-        mailbox = _AsyncMailbox(request_id, params.output_kind, bell)
+        mailbox: _AsyncMailbox[Any] = _AsyncMailbox(request_id, params.output_kind, bell)
         finished = False
         try:
             self._thread.post(Admission(mailbox, work.text, ids, params, priority, "", cache_salt))
@@ -240,6 +277,71 @@ class AsyncLLM:
                 if name in self._preparing:
                     self._preparing[name].aborted = True
         self._thread.abort(ids)
+
+    # ---- pause, sleep, cache, profile --------------------------------------------------------------------
+
+    async def pause_generation(
+        self, *, wait_for_inflight_requests: bool = False, clear_cache: bool = True
+    ) -> None:
+        """Compute nothing until `resume_generation`: requests that come meanwhile wait, in their order.
+
+        Args:
+            wait_for_inflight_requests: let those that there are come to their end first; else they are
+                aborted.
+            clear_cache: forget what the prefix cache holds, as for a change of the model.
+
+        Raises:
+            RequestError: an argument is no bool.
+            EngineDeadError: the AsyncLLM is closed, or its engine has failed.
+        """
+        for name, value in (
+            ("wait_for_inflight_requests", wait_for_inflight_requests),
+            ("clear_cache", clear_cache),
+        ):
+            if not isinstance(value, bool):
+                raise RequestError(name, value, "a bool")
+        paused = self._thread.pause(wait=wait_for_inflight_requests, reset_prefix_cache=clear_cache)
+        await asyncio.wrap_future(paused)
+
+    async def resume_generation(self) -> None:
+        """Go on after `pause_generation`; without it, do nothing."""
+        await asyncio.wrap_future(self._thread.resume())
+
+    async def is_paused(self) -> bool:
+        """Whether `pause_generation` was called and `resume_generation` not yet."""
+        return self._thread.is_paused
+
+    async def sleep(self, level: int = 1, *, mode: str = "refuse") -> None:
+        """`LLM.sleep` without holding up the event loop."""
+        await asyncio.wrap_future(self._thread.sleep(level, mode))
+
+    async def wake_up(self) -> None:
+        """`LLM.wake_up` without holding up the event loop."""
+        await asyncio.wrap_future(self._thread.call(lambda engine: engine.wake_up()))
+
+    async def is_sleeping(self) -> bool:
+        """Whether it sleeps."""
+        return await asyncio.wrap_future(self._thread.call(lambda engine: engine.is_sleeping))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
+        await asyncio.wrap_future(self._thread.call(lambda engine: engine.reset_prefix_cache()))
+
+    async def start_profile(self) -> Profile:
+        """Measure where the time of the steps goes, until `stop_profile`.
+
+        Returns:
+            The profile, which is complete then; see `LLM.profile`.
+
+        Raises:
+            RequestError: another profile is being taken.
+            EngineDeadError: the AsyncLLM is closed, or its engine has failed.
+        """
+        return await asyncio.wrap_future(self._thread.call(lambda engine: engine.start_profile()))
+
+    async def stop_profile(self) -> None:
+        """End the measurement; without one, do nothing."""
+        await asyncio.wrap_future(self._thread.call(lambda engine: engine.stop_profile()))
 
     # ---- state -------------------------------------------------------------------------------------------
 
@@ -334,7 +436,7 @@ class _Preparation:
         self.aborted = False
 
 
-class _AsyncMailbox(Mailbox):
+class _AsyncMailbox(Mailbox[Output]):
     """A mailbox whose reader awaits."""
 
     __slots__ = ("posted",)
@@ -343,7 +445,7 @@ class _AsyncMailbox(Mailbox):
         super().__init__(request_id, kind, bell)
         self.posted = asyncio.Event()
 
-    async def next(self) -> RequestOutput:
+    async def next(self) -> Output:
         while True:
             self.posted.clear()
             output = self.take()
@@ -362,10 +464,10 @@ class _LoopBell:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._posted: deque[_AsyncMailbox] = deque()
+        self._posted: deque[_AsyncMailbox[Any]] = deque()
         self._scheduled = False
 
-    def post(self, mailbox: Mailbox) -> None:
+    def post(self, mailbox: Mailbox[Any]) -> None:
         assert isinstance(mailbox, _AsyncMailbox)
         self._posted.append(mailbox)
 
@@ -389,12 +491,6 @@ class _LoopBell:
 
 
 _LoopBells = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopBell]
-
-
-def _aborted(request_id: str, text: str | None, ids: Sequence[int], params: SamplingParams) -> RequestOutput:
-    """The output of a request that was aborted before the engine had heard of it."""
-    outputs = [CompletionOutput(index, "", [], finish_reason="abort") for index in range(params.n)]
-    return RequestOutput(request_id, text, list(ids), None, outputs, finished=True)
 
 
 def _settle(future: asyncio.Future[None]) -> None:

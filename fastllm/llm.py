@@ -12,11 +12,13 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fastllm.engine_thread import Admission, EngineThread, Mailbox
-from fastllm.errors import EngineDeadError, FastLLMError
+from fastllm.engine.pooling import score_pair
+from fastllm.engine_thread import Admission, EngineThread, Mailbox, Output
+from fastllm.errors import EngineDeadError, FastLLMError, RequestError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
-from fastllm.outputs import RequestOutput
+from fastllm.outputs import EmbeddingOutput, RequestOutput, ScoringOutput
+from fastllm.pooling_params import PoolingParams
 from fastllm.prompts import (
     Message,
     Prompt,
@@ -70,8 +72,10 @@ class LLM:
             prompts are computed in chunks that leave steps so short, and requests wait where decoding alone
             would take three quarters of it. None: steps are as large as max_num_batched_tokens allows.
         kv_cache_memory_bytes: size of the KV cache in bytes.
-        kv_cache_tokens: the same in tokens, rounded up to whole blocks. With neither it takes what
-            max_num_seqs sequences of max_model_len need, at most half of the free memory.
+        kv_cache_tokens: the same in tokens, rounded up to whole blocks.
+        kv_cache_memory_share: the same as a share, in (0, 1], of the memory that is free once the weights are
+            loaded. At most one of the three is given; with none of them the cache takes what max_num_seqs
+            sequences of max_model_len need, at most half of the free memory.
         threads: threads that compute; None or 0: all processors that the process may use. The answer does
             not depend on it.
         seed: where the seeds of requests without one come from: the same calls in the same order give the
@@ -103,6 +107,7 @@ class LLM:
         target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_tokens: int | None = None,
+        kv_cache_memory_share: float | None = None,
         threads: int | None = None,
         seed: int = 0,
         device: str = "cpu",
@@ -123,6 +128,7 @@ class LLM:
             target_itl_ms=target_itl_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_tokens=kv_cache_tokens,
+            kv_cache_memory_share=kv_cache_memory_share,
             threads=threads,
             seed=seed,
             device=device,
@@ -263,14 +269,15 @@ class LLM:
 
     def _stream(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> Iterator[RequestOutput]:
         call = _Call()
-        mailbox = Mailbox(self._next_id(), params.output_kind, call)
+        mailbox: Mailbox[RequestOutput] = Mailbox(self._next_id(), params.output_kind, call)
         finished = False
         try:
             self._thread.admit(
                 [Admission(mailbox, prompt.text, ids, params, cache_salt=prompt.cache_salt)]
             ).result()
             while not finished:
-                output = call.next().take()
+                call.next()
+                output = mailbox.take()
                 if output is not None:
                     finished = output.finished
                     yield output
@@ -288,15 +295,29 @@ class LLM:
         priorities: Sequence[int],
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
-        """Admit a batch and wait for all of it."""
-        call = _Call()
+        """Generate for a batch and wait for all of it."""
         final = {id(item): replace(item, output_kind=RequestOutputKind.FINAL_ONLY) for item in params}
+        given = [final[id(item)] for item in params]
+        outputs: list[RequestOutput] = self._wait_for(prompts, ids, given, places, priorities, use_tqdm)
+        return outputs
+
+    def _wait_for(
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams | PoolingParams],
+        places: Sequence[str],
+        priorities: Sequence[int],
+        use_tqdm: bool | None,
+    ) -> list[Output]:
+        """Admit a batch and wait for all of it. The parameters say of which kind the outputs are."""
+        call = _Call()
         batch = [
             Admission(
                 Mailbox(self._next_id(), RequestOutputKind.FINAL_ONLY, call),
                 prompt.text,
                 tokens,
-                final[id(given)],
+                given,
                 priority,
                 place,
                 prompt.cache_salt,
@@ -305,7 +326,7 @@ class LLM:
                 prompts, ids, params, priorities, places, strict=True
             )
         ]
-        outputs: dict[str, RequestOutput] = {}
+        outputs: dict[str, Output] = {}
         progress = _Progress(len(batch), use_tqdm)
         try:
             self._thread.admit(batch).result()
@@ -322,8 +343,132 @@ class LLM:
             progress.close()
         return [outputs[item.mailbox.request_id] for item in batch]
 
+    # ---- embeddings --------------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool | None = None,
+    ) -> list[EmbeddingOutput]:
+        """Embed prompts: a vector for each, from the model's hidden states after its final norm.
+
+        Embeddings share batches with everything else, and have the same bits in every arrangement.
+
+        Args:
+            prompts, priority, use_tqdm: as for `generate`.
+            pooling: "last" takes the state of the prompt's last token, "mean" averages those of all tokens.
+            normalize: make the vectors one long, so that dot products are cosines.
+
+        Returns:
+            One output per prompt, in order; its embedding is float32 (dim,).
+
+        Raises:
+            As `generate`.
+        """
+        params = PoolingParams(pooling=pooling, normalize=normalize)
+        parsed = parse_prompts(prompts)
+        several = not isinstance(prompts, (str, Mapping))
+        places = [f"prompts[{index}]" if several else "" for index in range(len(parsed))]
+        return self._embed(parsed, params, places, parse_priorities(priority, len(parsed)), use_tqdm)
+
+    def _embed(
+        self,
+        parsed: Sequence[Prompt],
+        params: PoolingParams,
+        places: Sequence[str],
+        priorities: Sequence[int],
+        use_tqdm: bool | None,
+    ) -> list[EmbeddingOutput]:
+        self._thread.check_health()
+        ids = [tokenize(self._tokenizer, item, place) for item, place in zip(parsed, places, strict=True)]
+        given = [params] * len(parsed)
+        outputs: list[EmbeddingOutput] = self._wait_for(parsed, ids, given, places, priorities, use_tqdm)
+        return outputs
+
+    def score(
+        self,
+        query_or_queries: PromptType | Sequence[PromptType],
+        documents: PromptType | Sequence[PromptType],
+        *,
+        pooling: str = "last",
+        priority: int = 0,
+        use_tqdm: bool | None = None,
+    ) -> list[ScoringOutput]:
+        """Say how alike texts are: the cosine of their embeddings.
+
+        Args:
+            query_or_queries, documents: prompts as for `generate`; one query for all documents, or as many
+                queries as documents.
+            pooling: as for `embed`.
+            priority, use_tqdm: as for `generate`.
+
+        Returns:
+            One output per document, in order.
+
+        Raises:
+            RequestError: the numbers of queries and documents do not fit; else as `generate`.
+        """
+        params = PoolingParams(pooling=pooling)
+        parsed: list[Prompt] = []
+        places: list[str] = []
+        counts = []
+        for name, given in (("query_or_queries", query_or_queries), ("documents", documents)):
+            found = parse_prompts(given, name)
+            several = not isinstance(given, (str, Mapping))
+            parsed += found
+            places += [f"{name}[{index}]" if several else name for index in range(len(found))]
+            counts.append(len(found))
+        queries, count = counts
+        if queries != 1 and queries != count:
+            limit = f"one for all or {count}, one for each document"
+            raise RequestError("query_or_queries", f"{queries} of them", limit)
+        outputs = self._embed(parsed, params, places, [priority] * len(parsed), use_tqdm)
+        pairs = zip(outputs[:queries] * (1 if queries == count else count), outputs[queries:], strict=True)
+        return [score_pair(query, document) for query, document in pairs]
+
     def _next_id(self) -> str:
         return str(next(self._numbers))
+
+    # ---- sleep and cache ---------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, *, mode: str = "refuse") -> None:
+        """Give memory back to the system until `wake_up`. Requests are refused meanwhile.
+
+        Args:
+            level: 1 frees the KV cache, whose contents are lost; 2 the weights as well, which `wake_up` reads
+                again from the model's files.
+            mode: what about unfinished requests, of calls in other threads: "refuse" to sleep, "abort" them,
+                or "wait" until they are done.
+
+        Raises:
+            RequestError: another level or mode, or there are unfinished requests.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        self._thread.sleep(level, mode).result()
+
+    def wake_up(self) -> None:
+        """Take the memory again that `sleep` gave back. Answers have the same bits as before.
+
+        Raises:
+            RequestError, ModelFileError: after level 2, the model's files are gone, or are another model's.
+                The LLM sleeps on.
+            MemoryError: there is no room; the same.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        self._thread.call(lambda engine: engine.wake_up()).result()
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether it sleeps. Waits for the step that is under way."""
+        return self._thread.call(lambda engine: engine.is_sleeping).result()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
+        self._thread.call(lambda engine: engine.reset_prefix_cache()).result()
 
     # ---- the rest ----------------------------------------------------------------------------------------
 
@@ -386,15 +531,15 @@ class _Call:
     __slots__ = ("_posted",)
 
     def __init__(self) -> None:
-        self._posted: SimpleQueue[Mailbox] = SimpleQueue()
+        self._posted: SimpleQueue[Mailbox[Any]] = SimpleQueue()
 
-    def post(self, mailbox: Mailbox) -> None:
+    def post(self, mailbox: Mailbox[Any]) -> None:
         self._posted.put(mailbox)
 
     def ring(self) -> bool:
         return True  # whoever waits has been woken by post
 
-    def next(self) -> Mailbox:
+    def next(self) -> Mailbox[Any]:
         """Wait for a mailbox; it may have been emptied meanwhile."""
         return self._posted.get()
 
@@ -419,13 +564,14 @@ class _Progress:
             delay = 0.0 if wanted else _BAR_DELAY
             self._bar = bar(total=total, desc="prompts", dynamic_ncols=True, delay=delay)
 
-    def advance(self, output: RequestOutput) -> None:
+    def advance(self, output: RequestOutput | EmbeddingOutput) -> None:
         """One prompt is done."""
         if self._bar is None:
             return
-        self._generated += sum(len(item.token_ids) for item in output.outputs)
+        if isinstance(output, RequestOutput):
+            self._generated += sum(len(item.token_ids) for item in output.outputs)
         elapsed = self._bar.format_dict["elapsed"]
-        if elapsed > 0:
+        if elapsed > 0 and self._generated:
             self._bar.set_postfix_str(f"{self._generated / elapsed:.1f} tokens/s", refresh=False)
         self._bar.update()
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import numbers
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastllm.errors import CapacityError, RequestError, UnsupportedModelError
+from fastllm.errors import CapacityError, ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.source import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class ModelOptions:
     target_itl_ms: float | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_tokens: int | None = None
+    kv_cache_memory_share: float | None = None
     threads: int | None = None
     seed: int = 0
     device: str = "cpu"
@@ -90,6 +93,13 @@ class ModelOptions:
                 raise RequestError(
                     "kv_cache_tokens", self.kv_cache_tokens, "None beside kv_cache_memory_bytes"
                 )
+        if self.kv_cache_memory_share is not None:
+            _share("kv_cache_memory_share", self.kv_cache_memory_share)
+            for name in ("kv_cache_memory_bytes", "kv_cache_tokens"):
+                if getattr(self, name) is not None:
+                    raise RequestError(
+                        "kv_cache_memory_share", self.kv_cache_memory_share, f"None beside {name}"
+                    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +142,9 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
                 "max_model_len", asked, f"at most the model's context of {spec.context_length} tokens"
             )
         tokenizer = _tokenizer(options, checkpoint)
-        executor = _executor(options, checkpoint, spec)
-        identity = f"{fingerprint(checkpoint, spec)} {options.quantization} {options.kv_cache_dtype}"
+        known = fingerprint(checkpoint, spec)
+        executor = _executor(options, checkpoint, spec, _reopening(path, known))
+        identity = f"{known} {options.quantization} {options.kv_cache_dtype}"
     try:
         max_model_len = _max_model_len(options, spec, executor)
         engine = _engine(options, spec, executor, tokenizer, max_model_len, identity, hooks)
@@ -174,6 +185,22 @@ def fingerprint(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
     return digest.hexdigest()
 
 
+def _reopening(path: Path, known: str) -> Callable[[], AbstractContextManager[Checkpoint]]:
+    """How the checkpoint is opened again; ModelFileError unless its fingerprint still is `known`."""
+
+    @contextlib.contextmanager
+    def reopen() -> Iterator[Checkpoint]:
+        from fastllm.formats.checkpoint import open_checkpoint
+        from fastllm.models.registry import spec_from_checkpoint
+
+        with open_checkpoint(path) as checkpoint:
+            if fingerprint(checkpoint, spec_from_checkpoint(checkpoint)) != known:
+                raise ModelFileError(str(path), "not the model any more that the engine was made from")
+            yield checkpoint
+
+    return reopen
+
+
 def read_tokenizer(reference: str | os.PathLike[str], *, progress: bool = True) -> Tokenizer:
     """The tokenizer of a model reference; a directory needs no more than tokenizer.json."""
     from fastllm.formats.checkpoint import open_checkpoint
@@ -202,7 +229,12 @@ def _tokenizer(options: ModelOptions, checkpoint: Checkpoint) -> Tokenizer:
         raise RequestError("tokenizer", error.value, error.limit) from error
 
 
-def _executor(options: ModelOptions, checkpoint: Checkpoint, spec: DecoderSpec) -> CpuExecutor:
+def _executor(
+    options: ModelOptions,
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    reopen: Callable[[], AbstractContextManager[Checkpoint]],
+) -> CpuExecutor:
     from fastllm import _core
     from fastllm.executor.cpu import CpuExecutor
 
@@ -221,9 +253,11 @@ def _executor(options: ModelOptions, checkpoint: Checkpoint, spec: DecoderSpec) 
         kv_cache_dtype=dtype,
         block_size=options.block_size,
         kv_cache_bytes=kv_cache_bytes,
+        kv_cache_share=options.kv_cache_memory_share,
         max_model_len=options.max_model_len or spec.context_length,
         max_num_seqs=options.max_num_seqs,
         threads=options.threads or 0,
+        reopen=reopen,
     )
 
 
@@ -306,3 +340,9 @@ def _count(name: str, value: Any, least: int, most: int) -> None:
         raise RequestError(name, value, limit) from None
     if not least <= number <= most:
         raise RequestError(name, value, limit)
+
+
+def _share(name: str, value: Any) -> None:
+    plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not plain or not 0 < value <= 1:
+        raise RequestError(name, value, "a number in (0, 1]")

@@ -12,13 +12,15 @@ Also here: a tokenizer and a detokenizer over a tiny vocabulary with multi-byte 
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastllm.executor.base import ROW_LOGPROB, ROW_SAMPLE, StepBatch, StepResult
+from fastllm.executor.base import ROW_LOGPROB, ROW_POOL, ROW_SAMPLE, StepBatch, StepResult
+from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import SamplingParams
 
 MASK = 2**64 - 1
@@ -40,6 +42,7 @@ PIECES = [
     b"x",
 ]
 EOS = 0
+DIM = 3  # of a hidden state
 
 
 def mix(*parts: int) -> int:
@@ -100,6 +103,11 @@ def scores(context: int, token: int, vocab_size: int) -> tuple[float, int]:
 def top(context: int, count: int, vocab_size: int) -> tuple[list[int], list[float]]:
     start = mix(context, 3) % vocab_size
     return [(start + k) % vocab_size for k in range(count)], [-k / 8 for k in range(count)]
+
+
+def hidden_state(context: int) -> np.ndarray:
+    """float32 (DIM,), as a function of the context; sums of several depend on their order."""
+    return np.array([mix(context, 5 + i) % 100_003 / 7 - 7000 for i in range(DIM)], dtype=np.float32)
 
 
 class FakeExecutor:
@@ -188,13 +196,18 @@ class FakeExecutor:
             np.zeros(rows, np.int32),
             np.full((rows, width), -1, np.int32),
             np.full((rows, width), np.nan, np.float32),
+            np.zeros((0, DIM), np.float32),
         )
+        states = []
         for r in range(rows):
             t = int(batch.row_token[r])
             context = int(contexts[t])
             if batch.row_kind[r] == ROW_LOGPROB:
                 token = int(batch.row_target[r])
                 self.reported.append((int(batch.row_seq[r]), int(batch.positions[t])))
+            elif batch.row_kind[r] == ROW_POOL:
+                states.append(hidden_state(context))
+                token = 0
             else:
                 token = self._pick(self._row(batch, r, context))
             result.tokens[r] = token
@@ -204,6 +217,8 @@ class FakeExecutor:
                 ids, logprobs = top(context, count, self.vocab_size)
                 result.top_ids[r, :count] = ids
                 result.top_logprobs[r, :count] = logprobs
+        if states:
+            result.hidden = np.array(states)
         return result
 
     def _row(self, batch: StepBatch, r: int, context: int) -> Row:
@@ -291,6 +306,9 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
             assert following - t in (0, 1)  # those of a draft are one behind the other, up to the end
             assert following > t or t == batch.query_start[s + 1] - 1
             assert batch.row_target[r] == -1
+        elif batch.row_kind[r] == ROW_POOL:
+            assert batch.row_target[r] == batch.num_logprobs[r] == -1
+            assert batch.temperature[r] == 0.0
         else:
             assert batch.row_kind[r] == ROW_LOGPROB
             assert 0 <= batch.row_target[r] < vocab_size
@@ -347,6 +365,31 @@ def expected_tokens(
                 return tokens[len(prompt) :], "stop", token
         if len(tokens) >= limit:
             return tokens[len(prompt) :], "length", None
+
+
+def expected_states(prompt: Sequence[int]) -> list[np.ndarray]:
+    """The hidden state of every token of a prompt."""
+    values: list[int] = []
+    states = []
+    for position, token in enumerate(prompt):
+        values.append(mix(fold(np.array(values, dtype=np.uint64)), token, position))
+        states.append(hidden_state(fold(np.array(values, dtype=np.uint64))))
+    return states
+
+
+def expected_embedding(prompt: Sequence[int], params: PoolingParams) -> np.ndarray:
+    """The embedding that `prompt` gets alone, float32 (DIM,)."""
+    states = expected_states(prompt)
+    vector = [float(value) for value in states[-1]]
+    if params.pooling == "mean":
+        vector = [0.0] * DIM
+        for state in states:
+            vector = [total + float(value) for total, value in zip(vector, state, strict=True)]
+        vector = [total / len(states) for total in vector]
+    if params.normalize:
+        length = math.sqrt(math.fsum(value * value for value in vector))
+        vector = [value / length for value in vector]
+    return np.array(vector, dtype=np.float32)
 
 
 class FakeTokenizer:

@@ -143,11 +143,13 @@ class DecoderHandle {
     in.rows = shapes["R"];
     check_batch(shapes, in);
 
-    const SampleArrays arrays = read_sample_arrays(shapes, batch, c.vocab_size, kMaxLogprobs);
-    std::int64_t most = 0;
+    const SampleArrays arrays =
+        read_sample_arrays(shapes, batch, c.vocab_size, kMaxLogprobs, SampleRow::kPool);
+    std::int64_t most = 0, pooled = 0;
     rows_.clear();
     for (std::int64_t r = 0; r < in.rows; ++r) {
       rows_.push_back(arrays.row(r));
+      pooled += rows_.back().kind == SampleRow::kPool;
       most = std::max<std::int64_t>(most, std::min<std::int64_t>(rows_.back().num_logprobs, c.vocab_size));
     }
     in.sample = rows_.data();
@@ -156,8 +158,10 @@ class DecoderHandle {
     py::array_t<float> logprob(in.rows);
     py::array_t<std::int32_t> top_ids({in.rows, most});
     py::array_t<float> top_logprobs({in.rows, most});
+    py::array_t<float> hidden({pooled, c.dim});
     py::object logits = py::none();
     StepOutput out;
+    out.hidden = hidden.mutable_data();
     out.tokens = tokens.mutable_data();
     out.rank = rank.mutable_data();
     out.logprob = logprob.mutable_data();
@@ -180,6 +184,7 @@ class DecoderHandle {
     result["rank"] = rank;
     result["top_ids"] = top_ids;
     result["top_logprobs"] = top_logprobs;
+    result["hidden"] = hidden;
     result["logits"] = logits;
     return result;
   }
@@ -286,6 +291,12 @@ Not for several threads at once.)")
           "Seconds that the phases of all steps took since profile(True), the waits between threads "
           "included; by "
           "name, in the order in which a step walks through them.")
+      .def(
+          "release_kv", [](DecoderHandle& self) { self.decoder().release_kv(); },
+          "Frees the KV cache and what steps have allocated; no step until allocate_kv.")
+      .def(
+          "release_weights", [](DecoderHandle& self) { self.decoder().release_weights(); },
+          "release_kv, and frees the weights; they can be set anew.")
       .def(
           "close", [](DecoderHandle& self) { self.close(); },
           "Frees weights and KV cache; no step afterwards.")

@@ -147,17 +147,28 @@ std::size_t Decoder::weight_bytes() const {
   return bytes;
 }
 
-void Decoder::close() {
-  embed_.reset();
-  head_.reset();
-  layers_.clear();
+void Decoder::release_kv() {
   kv_ = AlignedBuffer();
   kv_blocks_ = 0;
-  for (AlignedBuffer* buffer : {&final_norm_, &final_norm_bias_, &x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_,
-                                &cos_, &sin_, &cos_sliding_, &sin_sliding_, &quantized_, &logits_})
+  for (AlignedBuffer* buffer : {&x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_, &cos_, &sin_, &cos_sliding_,
+                                &sin_sliding_, &quantized_, &logits_})
     *buffer = AlignedBuffer();
   plan_ = StepPlan();
   for (ThreadState& state : thread_state_) state = ThreadState{};
+}
+
+void Decoder::release_weights() {
+  release_kv();
+  embed_.reset();
+  head_.reset();
+  final_norm_ = Vector();
+  final_norm_bias_ = Vector();
+  for (Layer& layer : layers_) layer = Layer{};
+}
+
+void Decoder::close() {
+  release_weights();
+  layers_.clear();
 }
 
 // ---- the KV cache ----------------------------------------------------------------------------------------

@@ -49,7 +49,11 @@ class Decoder {
   // Times of the phases of all steps since it was enabled.
   Profile& profile() { return profile_; }
 
-  // Frees weights, cache and activations; only the sizes remain.
+  // Frees cache and activations; until allocate_kv there are no steps.
+  void release_kv();
+  // Frees weights too; they can be set anew.
+  void release_weights();
+  // Frees everything; only the sizes remain.
   void close();
 
  private:
@@ -94,6 +98,8 @@ class Decoder {
   void read_ahead(const Worker& worker, std::int64_t layer);
   void activate(const Worker& worker, const Layer& layer);
   void add_residual(const Worker& worker, const Vector& bias, const Vector& post_norm);
+  void final_norm(const float* x, float* h) const;
+  void pool_rows(const Worker& worker, const StepInput& in, const StepOutput& out);
   void yield_rows(const Worker& worker, const StepInput& in, const StepOutput& out);
   void mark(const Worker& worker, Phase phase) {
     if (worker.index == 0) profile_.mark(phase);

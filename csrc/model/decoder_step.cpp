@@ -321,7 +321,38 @@ void Decoder::add_residual(const Worker& worker, const Vector& bias, const Vecto
   });
 }
 
-// Final norm, head and sampler for the rows asked for, some at a time.
+void Decoder::final_norm(const float* x, float* h) const {
+  const DecoderConfig& c = config_;
+  if (c.norm == NormKind::rms) {
+    kernels_.rms_norm(x, c.dim, final_norm_.as<float>(), c.norm_eps, 1, c.dim, h, c.dim);
+  } else {
+    kernels_.layer_norm(x, c.dim, final_norm_.as<float>(), final_norm_bias_.as<float>(), c.norm_eps, 1, c.dim,
+                        h, c.dim);
+  }
+}
+
+// The final norm alone for the rows that pool, straight to where it is wanted.
+void Decoder::pool_rows(const Worker& worker, const StepInput& in, const StepOutput& out) {
+  const DecoderConfig& c = config_;
+  const Range range = worker.part.pool_rows;
+  if (range.size() == 0) return;
+  worker.team.for_each(range.size(), 4, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t line = range.begin + begin; line < range.begin + end; ++line) {
+      const std::int64_t at = plan_.pool_rows()[static_cast<std::size_t>(line)];
+      float* h = out.hidden + line * c.dim;
+      final_norm(x_.as<float>() + in.row_token[at] * c.dim, h);
+      bool numbers = true;
+      for (std::int64_t i = 0; i < c.dim; ++i) numbers = numbers && h[i] - h[i] == 0.0f;
+      out.tokens[at] = numbers ? 0 : -1;
+      out.logprob[at] = 0.0f;
+      out.rank[at] = 0;
+      if (out.logits != nullptr) std::fill_n(out.logits + at * c.vocab_size, c.vocab_size, 0.0f);
+    }
+  });
+  mark(worker, Phase::norm);
+}
+
+// Final norm, head and sampler for the other rows, some at a time.
 void Decoder::yield_rows(const Worker& worker, const StepInput& in, const StepOutput& out) {
   const DecoderConfig& c = config_;
   const Part& part = worker.part;
@@ -329,18 +360,13 @@ void Decoder::yield_rows(const Worker& worker, const StepInput& in, const StepOu
   const QuantizedRows quantized_rows = quantized(worker.part, c.dim);
   const std::int64_t at_h = part.tokens.begin;  // the rows stand where the part's tokens did
   float* logits = logits_.as<float>() + part.logits_at * c.vocab_size;
-  for (std::int64_t first = part.rows.begin; first < part.rows.end; first += part.rows_at_once) {
-    const std::int64_t rows = std::min(part.rows_at_once, part.rows.end - first);
+  for (std::int64_t first = part.head_rows.begin; first < part.head_rows.end; first += part.rows_at_once) {
+    const std::int64_t rows = std::min(part.rows_at_once, part.head_rows.end - first);
+    const std::int64_t* places = plan_.head_rows().data() + first;
     worker.team.for_each(rows, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
-        const float* x = x_.as<float>() + in.row_token[first + r] * c.dim;
         float* h = h_.as<float>() + (at_h + r) * c.dim;
-        if (c.norm == NormKind::rms) {
-          kernels_.rms_norm(x, c.dim, final_norm_.as<float>(), c.norm_eps, 1, c.dim, h, c.dim);
-        } else {
-          kernels_.layer_norm(x, c.dim, final_norm_.as<float>(), final_norm_bias_.as<float>(), c.norm_eps, 1,
-                              c.dim, h, c.dim);
-        }
+        final_norm(x_.as<float>() + in.row_token[places[r]] * c.dim, h);
         if (head.quantized()) {
           const QuantizedRows row = quantized_rows.from_row(r);
           kernels_.quantize_rows(h, c.dim, 1, c.dim, &row);
@@ -354,7 +380,7 @@ void Decoder::yield_rows(const Worker& worker, const StepInput& in, const StepOu
       for (std::int64_t r = begin; r < end; ++r) {
         float* row = logits + r * c.vocab_size;
         if (c.final_softcap > 0) kernels_.softcap(row, c.final_softcap, c.vocab_size);
-        const std::int64_t at = first + r;
+        const std::int64_t at = places[r];
         if (out.logits != nullptr)
           std::memcpy(out.logits + at * c.vocab_size, row,
                       static_cast<std::size_t>(c.vocab_size) * sizeof(float));
@@ -463,6 +489,7 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
     mark(worker, Phase::embed);
     read_ahead(worker, 0);
     for (std::int64_t i = 0; i < config_.num_layers; ++i) run_layer(worker, in, i);
+    pool_rows(worker, in, out);
     yield_rows(worker, in, out);
   });
   profile_.mark(Phase::wait);

@@ -33,11 +33,14 @@ void StepPlan::make(const StepInput& in, const DecoderConfig& config, const KvVi
   items_.clear();
   merges_.clear();
   block_runs_.clear();
+  head_rows_.clear();
+  pool_rows_.clear();
   cut_batch(in, config, kv.block_size, threads);
   rows_of_logits_ = 0;
   for (Part& part : parts_) {
+    split_rows(in, part);
     part.logits_at = rows_of_logits_;
-    rows_of_logits_ += std::min(part.rows.size(), part.rows_at_once);
+    rows_of_logits_ += std::min(part.head_rows.size(), part.rows_at_once);
     plan_attention(in, config, part);
     if (parts_.size() == 1) split_decodes(in, config, part.threads.size());
     part.items.end = static_cast<std::int64_t>(items_.size());
@@ -108,6 +111,16 @@ bool StepPlan::cut_sequences(const StepInput& in, const DecoderConfig& config, s
     if (part.rows.size() > part.tokens.size()) return false;  // a part's rows of h hold both
   }
   return row == in.rows;
+}
+
+// Parts and rows are both in the order of the tokens, so the lists are ascending.
+void StepPlan::split_rows(const StepInput& in, Part& part) {
+  part.head_rows.begin = static_cast<std::int64_t>(head_rows_.size());
+  part.pool_rows.begin = static_cast<std::int64_t>(pool_rows_.size());
+  for (std::int64_t row = part.rows.begin; row < part.rows.end; ++row)
+    (in.sample[row].kind == SampleRow::kPool ? pool_rows_ : head_rows_).push_back(row);
+  part.head_rows.end = static_cast<std::int64_t>(head_rows_.size());
+  part.pool_rows.end = static_cast<std::int64_t>(pool_rows_.size());
 }
 
 // Whether a part reads or writes a block that another writes in this step: then all threads have to meet

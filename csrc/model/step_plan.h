@@ -43,6 +43,8 @@ struct Range {
 struct Part {
   Range threads;  // of the pool
   Range sequences, tokens, rows;
+  Range head_rows;  // of StepPlan::head_rows
+  Range pool_rows;  // of StepPlan::pool_rows
   Range items;
   // Thread t takes items [cuts[t], cuts[t + 1]) first, then those that remain.
   std::vector<std::int64_t> cuts;
@@ -53,9 +55,10 @@ struct Part {
   std::unique_ptr<Team> team;               // null: the pool's own
 };
 
-// Rows of h and of its int8 form that a part keeps: of its tokens, or those that it yields at a time.
+// Rows of h and of its int8 form that a part keeps: of its tokens, or those that it brings to the head at a
+// time.
 inline std::int64_t rows_in_memory(const Part& part) {
-  return std::max(part.tokens.size(), std::min(part.rows.size(), part.rows_at_once));
+  return std::max(part.tokens.size(), std::min(part.head_rows.size(), part.rows_at_once));
 }
 
 // One thread at work on a part.
@@ -90,6 +93,11 @@ class StepPlan {
 
   std::int64_t rows_of_logits() const { return rows_of_logits_; }
 
+  // Places among the batch's rows, ascending: of those that the head's product is computed for, and of those
+  // that yield their hidden state instead.
+  const std::vector<std::int64_t>& head_rows() const { return head_rows_; }
+  const std::vector<std::int64_t>& pool_rows() const { return pool_rows_; }
+
   static constexpr std::int32_t kQueriesPerItem = 16;  // queries that one attention item folds together
 
  private:
@@ -97,6 +105,7 @@ class StepPlan {
   bool parts_meet(const StepInput& in, std::int32_t block_size);
   bool cut_sequences(const StepInput& in, const DecoderConfig& config, std::int64_t count);
   void set_parts(std::int64_t count, int threads);
+  void split_rows(const StepInput& in, Part& part);
   void plan_attention(const StepInput& in, const DecoderConfig& config, Part& part);
   void split_decodes(const StepInput& in, const DecoderConfig& config, std::int64_t threads);
   void cut_items(const StepInput& in, Part& part);
@@ -104,6 +113,7 @@ class StepPlan {
 
   std::vector<Part> parts_;
   std::vector<std::int32_t> writers_;  // by block, the part that writes it; -1: none
+  std::vector<std::int64_t> head_rows_, pool_rows_;
   std::int64_t rows_of_logits_ = 0;
   std::vector<AttentionItem> items_;
   std::vector<AttentionMerge> merges_;

@@ -16,7 +16,10 @@ cdef class BlockPool:
     cdef list _hash_of  # block -> its content hash, or None
     cdef vector[int32_t] older, newer  # neighbours among the cached blocks; num_blocks = the list's own end
     cdef Py_ssize_t num_idle  # cached blocks
-    cdef public list events  # gets the hash of whatever the index forgets; None: nobody wants to know
+    # Gets what happens to the index, in order: the hash of a block that is forgotten; None when all are; from
+    # the scheduler (hash, hash of the block before, token ids) of one that is remembered. None: nobody
+    # listens.
+    cdef public list events
 
     cpdef Py_ssize_t blocks_for(self, Py_ssize_t num_tokens) noexcept
     cpdef bint can_allocate(self, Py_ssize_t count) noexcept

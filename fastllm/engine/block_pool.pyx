@@ -243,13 +243,15 @@ cdef class BlockPool:
     cpdef int reset_prefix_cache(self) except -1:
         """Forget the content of all blocks. Those that are held stay held, and are shared as they were."""
         cdef int32_t block
-        while self.num_idle:
-            self.free_stack.push_back(self._evict())
         for block in self._block_of.values():
             self._hash_of[block] = None
-        if self.events is not None:
-            self.events.extend(self._block_of)
         self._block_of.clear()
+        while self.num_idle:
+            block = self.newer[self.num_blocks]
+            self._remove_idle(block)
+            self.free_stack.push_back(block)
+        if self.events is not None:
+            self.events.append(None)
         return 0
 
     cdef int32_t _evict(self) except -1:

@@ -27,6 +27,7 @@ cdef class Scheduler:
     cdef Py_ssize_t _steps_without_prompts
     cdef readonly StepCost cost
     cdef readonly Py_ssize_t num_drafts, num_draft_tokens, num_accepted_tokens
+    cdef readonly Py_ssize_t num_preemptions
 
     cdef list _running  # by deadline
     cdef list _waiting  # by deadline
@@ -69,6 +70,7 @@ cdef class Scheduler:
     cdef double _price_of_a_guess(self)
     cdef Py_ssize_t _draft(self, Sequence sequence, Py_ssize_t most, double price) except -1
     cdef FinishReason _take_tokens(self, Sequence sequence, const int32_t[::1] tokens)
+    cdef FinishReason _take_hidden(self, Sequence sequence, const int32_t[::1] tokens)
     cdef bint _settle(self, Sequence sequence, FinishReason reason, list moved) except -1
     cdef FinishReason _finish_of(self, Sequence sequence)
     cdef int _retire(self, Sequence sequence, SequenceState state, FinishReason reason) except -1

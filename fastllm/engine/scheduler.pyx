@@ -66,9 +66,12 @@ States of a sequence
                                                        needs a block, none is free;
                                                        or a more important one
                                                        waits for seat or blocks
-    RUNNING    FINISHED   update                       stop token or length limit    freed
-    RUNNING    FINISHED   update                       no number where logits ought  freed
-                                                       to be ("error")
+    RUNNING    FINISHED   update                       stop token or length limit;   freed
+                                                       one that pools: its prompt
+                                                       is computed ("stop")
+    RUNNING    FINISHED   update                       no number where logits or     freed
+                                                       hidden states ought to be
+                                                       ("error")
     RUNNING    FINISHED   finish                       stop string (the caller's)    freed
     WAITING    FINISHED   finish                       the same, of a follower that  none
                                                        had no seat
@@ -90,7 +93,7 @@ tokens; the newest token is never in the cache, so it needs at most length_limit
 refuses a prompt that is not below that. So the running sequence with the first deadline, which may preempt
 all others, always finds its block, and with nothing running the head of the queue always fits. That the limit
 is arithmetic known at admission, rather than what the pool happens to have left, also makes a sequence end at
-the same token however it was batched.
+the same token however it was batched. One that pools ends with its prompt, which may fill model and pool.
 
 Invariants (`check` recomputes every one of them)
 =================================================
@@ -100,13 +103,15 @@ Invariants (`check` recomputes every one of them)
     S2  _running and _waiting are in ascending order of (deadline, arrival).
     S3  A waiting sequence has no blocks, nothing computed and nothing scheduled; so has a follower.
     S4  A running sequence has computed less than it knows (there is always a next token to compute), is below
-        its length limit, and has blocks for what is computed and scheduled, but none beyond its known tokens.
+        its length limit (or pools: it is its prompt), and has blocks for what is computed and scheduled, but
+        none beyond its known tokens.
     S5  At most max_num_seqs run.
     S6  The references in the pool are those of the running and the draining sequences.
     S7  The tokens scheduled are those of the step in flight, at most max_num_batched_tokens; with none in
         flight they are zero, and nothing drains.
     S8  A sequence that reports prompt logprobs has reported each computed position, the prompt's last
-        excepted, and none twice (prompt_logprobs_done never falls; after a preemption it is ahead).
+        excepted, and none twice (prompt_rows_done never falls; after a preemption it is ahead); so has one
+        that pools all positions, without exception.
     S9  The blocks that scheduled tokens are written to have one holder.
     S10 The index knows a sequence's block by the hash of its tokens up to the block's end, or not at all; the
         first num_remembered blocks, all computed, were told.
@@ -122,7 +127,8 @@ from fastllm.errors import CapacityError, RequestError
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.drafter cimport NgramDrafter
 from fastllm.engine.sequence cimport (
-    FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SEQUENCE_ABORTED, SEQUENCE_FINISHED,
+    FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, POOL_MEAN, POOL_NONE,
+    SEQUENCE_ABORTED, SEQUENCE_FINISHED,
     SEQUENCE_FOLLOWING, SEQUENCE_NEW, SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason,
     Sequence, SequenceState,
 )
@@ -158,7 +164,8 @@ cdef class Scheduler:
         admitted, preempted: sequences that the last `schedule` moved, for whoever reports such things.
         num_prefix_queries, num_prefix_hits: prompt tokens that were looked up in the prefix index when their
             sequence was first admitted, and those found there. What a preempted sequence finds again counts
-            in neither.
+            in neither, nor do prompts of which every hidden state is wanted.
+        num_preemptions: sequences preempted so far.
         num_drafts, num_draft_tokens, num_accepted_tokens: drafts that were computed, their tokens, and those
             of them that were right.
     """
@@ -228,7 +235,7 @@ cdef class Scheduler:
 
         Args:
             num_prompt: tokens of the prompt.
-            max_tokens: tokens to generate at most, or None.
+            max_tokens: tokens to generate at most, or None; 0 where it pools.
 
         Returns:
             min(num_prompt + max_tokens, max_model_len, pool tokens + 1): the newest token of a sequence is
@@ -239,7 +246,12 @@ cdef class Scheduler:
                 the whole pool.
         """
         cdef Py_ssize_t pool_tokens = self.pool.num_blocks * self.pool.block_size
-        if num_prompt >= self.max_model_len:
+        if num_prompt > self.max_model_len - (max_tokens != 0):
+            if max_tokens == 0:
+                raise CapacityError(
+                    "prompt within the model length", asked=num_prompt, had=self.max_model_len,
+                    would_fit=self.max_model_len, unit="prompt tokens",
+                )
             raise CapacityError(
                 f"prompt within a model length of {self.max_model_len} tokens, one of them to generate",
                 asked=num_prompt, had=self.max_model_len - 1, would_fit=self.max_model_len - 1,
@@ -387,16 +399,16 @@ cdef class Scheduler:
         """Of the available blocks, how many admitting the sequence takes: new ones, and those of its known
         prefix that nobody holds. Sets `hits` to the blocks of that prefix.
 
-        The last token is computed in any case, since the next one follows from it. Logprobs of a prompt are
-        not in the index: what reports them reads only what it has reported already.
+        The last token is computed in any case, since the next one follows from it. Logprobs and hidden states
+        of a prompt are not in the index: what reports them reads only what it has reported already.
         """
         cdef Py_ssize_t idle = 0
         cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
         cdef Py_ssize_t most = (size - 1) // self.pool.block_size
         hits[0] = 0
         if sequence.root is not None:
-            if sequence.num_prompt_logprobs >= 0:
-                most = min(most, sequence.prompt_logprobs_done // self.pool.block_size)
+            if sequence.reports_prompt():
+                most = min(most, sequence.prompt_rows_done // self.pool.block_size)
             sequence.extend_hashes(most, self.pool.block_size)
             hits[0] = self.pool.find_prefix(sequence.hashes, most, &idle)
         return self.pool.blocks_for(size) - hits[0] + idle
@@ -424,7 +436,7 @@ cdef class Scheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     return budget
-            if spare > 0 and not sequence.followers:
+            if spare > 0 and sequence.pooling == POOL_NONE and not sequence.followers:
                 spare -= self._draft(sequence, spare, price)
             budget -= self._append(batch, sequence, 1 + <Py_ssize_t> sequence.draft.size())
         return budget
@@ -573,8 +585,9 @@ cdef class Scheduler:
         sequence.num_computed = hits * self.pool.block_size
         if sequence.num_preemptions == 0 and sequence.root is not None and sequence.num_output == 0:
             sequence.num_cached = sequence.num_computed
-            self.num_prefix_queries += sequence.num_prompt
-            self.num_prefix_hits += sequence.num_cached
+            if sequence.pooling != POOL_MEAN:
+                self.num_prefix_queries += sequence.num_prompt
+                self.num_prefix_hits += sequence.num_cached
         sequence.state_code = SEQUENCE_RUNNING
         _insert(self._running, sequence)
         self.admitted.append(sequence)
@@ -586,6 +599,7 @@ cdef class Scheduler:
         sequence.num_computed = 0
         sequence.num_remembered = 0
         sequence.num_preemptions += 1
+        self.num_preemptions += 1
         sequence.state_code = SEQUENCE_PREEMPTED
         _insert(self._waiting, sequence)
         self.preempted.append(sequence)
@@ -602,7 +616,7 @@ cdef class Scheduler:
             next schedule: `first_row`, `num_prompt_rows` (logprobs of prompt tokens, the first rows) and
             `num_new` (new tokens, one row each, after those); `finish_reason` and `stop_reason` when it
             ended. A row of token -1 had logits that are not numbers: its sequence ends with "error" and no
-            new token.
+            new token. Of one that pools the rows are hidden states, those from line `first_hidden` on.
 
         Raises:
             RuntimeError: no step is in flight.
@@ -619,6 +633,8 @@ cdef class Scheduler:
         cdef bint leads
         if tokens.shape[0] != batch.num_rows:
             raise ValueError(f"a result of {tokens.shape[0]} rows for a batch of {batch.num_rows}")
+        if batch.num_hidden and len(result.hidden) != batch.num_hidden:
+            raise ValueError(f"{len(result.hidden)} hidden states for a batch of {batch.num_hidden}")
         for row in range(batch.num_rows):
             if tokens[row] < -1 or tokens[row] >= self.vocab_size:
                 raise ValueError(f"row {row} yields token {tokens[row]} of a vocabulary of {self.vocab_size}")
@@ -628,13 +644,15 @@ cdef class Scheduler:
             sequence = <Sequence> batch.sequences[i]
             if sequence.state_code != SEQUENCE_RUNNING:  # aborted meanwhile
                 continue
-            sequence.prompt_logprobs_done += sequence.num_prompt_rows
+            sequence.prompt_rows_done += sequence.num_prompt_rows
             leads = sequence.num_new > 0 and len(sequence.followers) > 0
             reason = self._take_tokens(sequence, tokens)
             if sequence.draft.empty():
                 sequence.num_computed += sequence.num_scheduled
             else:  # what came after a wrong guess is computed again
                 sequence.num_computed = <Py_ssize_t> sequence.tokens.size() - 1
+            if sequence.pooling != POOL_NONE:
+                reason = self._take_hidden(sequence, tokens)
             if sequence.root is not None:
                 self._remember(sequence)
             followers = self._release_followers(sequence) if leads else ()
@@ -657,7 +675,7 @@ cdef class Scheduler:
         """Tell the prefix index about the blocks that have become full."""
         cdef Py_ssize_t size = self.pool.block_size
         cdef Py_ssize_t full = sequence.num_computed // size
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, j
         if full == sequence.num_remembered:
             return 0
         sequence.extend_hashes(full, size)
@@ -665,7 +683,7 @@ cdef class Scheduler:
             is_new = self.pool.remember(sequence.blocks[i], <bytes> sequence.hashes[i])
             if is_new and self.pool.events is not None:
                 before = sequence.hashes[i - 1] if i else sequence.root
-                tokens = sequence.token_ids[i * size : (i + 1) * size]
+                tokens = [sequence.tokens[j] for j in range(i * size, (i + 1) * size)]
                 self.pool.events.append((sequence.hashes[i], before, tokens))
         sequence.num_remembered = full
         return 0
@@ -735,6 +753,14 @@ cdef class Scheduler:
         if sequence.num_new or sequence.num_prompt_rows or reason == FINISH_ERROR:
             moved.append(sequence)
         return reason != FINISH_NONE
+
+    cdef FinishReason _take_hidden(self, Sequence sequence, const int32_t[::1] tokens):
+        """One that pools has computed a chunk: whether that ends it, and why."""
+        cdef Py_ssize_t row
+        for row in range(sequence.first_row, sequence.first_row + sequence.num_prompt_rows):
+            if tokens[row] < 0:
+                return FINISH_ERROR
+        return FINISH_STOP if sequence.num_computed == sequence.num_prompt else FINISH_NONE
 
     cpdef int observe(self, double seconds) except -1:
         """Say what the step in flight took to compute, before its update."""
@@ -894,7 +920,8 @@ cdef class Scheduler:
             known = <Py_ssize_t> sequence.tokens.size()
             held = <Py_ssize_t> sequence.blocks.size()
             _require("S4", sequence.num_computed < known, sequence, "has no next token to compute")
-            _require("S4", known < sequence.length_limit, sequence, "is at its length limit")
+            limit = sequence.length_limit + (sequence.pooling != POOL_NONE)
+            _require("S4", known < limit, sequence, "is at its length limit")
             least = self.pool.blocks_for(sequence.num_computed + sequence.num_scheduled)
             fits = least <= held <= max(least, self.pool.blocks_for(known))
             _require("S4", fits, sequence, "has too few or too many blocks")
@@ -916,11 +943,11 @@ cdef class Scheduler:
             _require("S7", scheduled == total, None, f"{scheduled} tokens scheduled, {total} in the batch")
             _require("S7", 0 < total <= self.max_num_batched_tokens, None, f"a step of {total} tokens")
         for sequence in (*self._running, *self._waiting):
-            if sequence.num_prompt_logprobs >= 0:
-                due = min(sequence.num_computed, sequence.num_prompt - 1)
-                done = sequence.prompt_logprobs_done
+            if sequence.reports_prompt():
+                due = min(sequence.num_computed, sequence.num_prompt - (sequence.pooling == POOL_NONE))
+                done = sequence.prompt_rows_done
                 exact = done == due if sequence.num_preemptions == 0 else due <= done < sequence.num_prompt
-                _require("S8", exact, sequence, f"has reported {done} prompt logprobs, {due} are due")
+                _require("S8", exact, sequence, f"has reported {done} of its prompt, {due} are due")
 
 
 cdef bint _before(Sequence one, Sequence other) noexcept:

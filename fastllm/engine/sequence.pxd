@@ -25,6 +25,12 @@ cdef enum FinishReason:
     FINISH_ERROR = 4
 
 
+cdef enum Pooling:  # what becomes of the hidden states of the prompt
+    POOL_NONE = 0  # nothing: the sequence generates tokens
+    POOL_LAST = 1  # that of the last token is wanted
+    POOL_MEAN = 2  # those of all tokens are
+
+
 cdef class Sequence:
     cdef readonly str request_id
     cdef readonly Py_ssize_t index  # which of the request's n
@@ -72,7 +78,8 @@ cdef class Sequence:
     cdef int32_t adapter  # -1 = none
     cdef int32_t num_logprobs  # -1 = none
     cdef int32_t num_prompt_logprobs  # -1 = none
-    cdef readonly Py_ssize_t prompt_logprobs_done  # positions whose successor's logprob was reported
+    cdef Pooling pooling
+    cdef readonly Py_ssize_t prompt_rows_done  # positions reported: hidden states, or the successor's logprob
     cdef vector[int32_t] bias_ids
     cdef vector[float] bias_values
 
@@ -84,9 +91,14 @@ cdef class Sequence:
 
     # What the last update brought; valid until the next schedule.
     cdef readonly Py_ssize_t first_row  # of the rows of the step's result
-    cdef readonly Py_ssize_t num_prompt_rows  # logprobs of prompt tokens, the first of its rows
+    cdef readonly Py_ssize_t num_prompt_rows  # logprobs or hidden states of the prompt, the first of its rows
+    cdef readonly Py_ssize_t first_hidden  # of the lines of the result's hidden states, if it pools
     cdef readonly Py_ssize_t num_new  # new tokens, one row each, after those
 
+    cdef inline bint reports_prompt(self) noexcept:
+        """Whether something of every position of the prompt is reported, so that each has to be computed."""
+        return self.num_prompt_logprobs >= 0 or self.pooling == POOL_MEAN
+    cdef int _sample_with(self, params, eos_token_ids, bint report_prompt) except -1
     cdef int extend_hashes(self, Py_ssize_t count, Py_ssize_t block_size) except -1
     cdef inline bint may_stop(self, Py_ssize_t drafted) noexcept:
         """Whether the token after so many drafted ones may be one that ends the sequence."""

@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
+from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import SamplingParams
 
 @disjoint_base
@@ -45,13 +46,17 @@ class Sequence:
     @property
     def seed(self) -> int: ...
     @property
-    def prompt_logprobs_done(self) -> int: ...
+    def prompt_rows_done(self) -> int: ...
     @property
     def first_row(self) -> int: ...
     @property
     def num_prompt_rows(self) -> int: ...
     @property
+    def first_hidden(self) -> int: ...
+    @property
     def num_new(self) -> int: ...
+    @property
+    def pools(self) -> bool: ...
     @property
     def state(self) -> str: ...
     @property
@@ -72,7 +77,7 @@ class Sequence:
         self,
         request_id: str,
         prompt: npt.NDArray[np.int32],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         index: int = 0,
         seed: int = 0,

@@ -17,6 +17,7 @@ from hashlib import sha256
 import numpy as np
 
 from fastllm.errors import RequestError
+from fastllm.pooling_params import PoolingParams
 
 cdef float[MATCH_KINDS] FIRST_ACCEPTANCE = [0.3, 0.5, 0.8]
 cdef tuple STATE_NAMES = ("new", "waiting", "running", "preempted", "finished", "aborted", "following")
@@ -29,7 +30,7 @@ cdef class Sequence:
     Args:
         request_id: the request it belongs to.
         prompt: token ids, int32 (prompt_len,), prompt_len >= 1 (see `pack_token_ids`).
-        params: `SamplingParams`, already validated.
+        params: `SamplingParams`, already validated; or `PoolingParams`: it ends with its prompt.
         index: which of the request's n it is; part of its random key.
         seed: the rest of its random key, uint64.
         eos_token_ids: ids that end it unless `params.ignore_eos`.
@@ -60,6 +61,18 @@ cdef class Sequence:
         self.num_prompt = prompt.shape[0]
         self.tokens.assign(&prompt[0], &prompt[0] + prompt.shape[0])
 
+        self.repetition = 1.0
+        self.top_p = 1.0
+        self.seed = seed
+        self.adapter = -1
+        self.num_logprobs = -1
+        self.num_prompt_logprobs = -1
+        if isinstance(params, PoolingParams):
+            self.pooling = POOL_MEAN if params.pooling == "mean" else POOL_LAST
+        else:
+            self._sample_with(params, eos_token_ids, report_prompt)
+
+    cdef int _sample_with(self, params, eos_token_ids, bint report_prompt) except -1:
         self.max_tokens = -1 if params.max_tokens is None else params.max_tokens
         self.min_tokens = params.min_tokens
         if not params.ignore_eos:
@@ -75,22 +88,19 @@ cdef class Sequence:
         self.presence = params.presence_penalty
         self.frequency = params.frequency_penalty
         self.penalized = self.repetition != 1.0 or self.presence != 0.0 or self.frequency != 0.0
-        self.top_p = 1.0
         if not params.greedy:  # else all stay neutral: the most likely token survives every filter anyway
             self.temperature = params.temperature
             self.top_p = params.top_p
             self.top_k = max(params.top_k, 0)
             self.min_p = params.min_p
-        self.seed = seed
-        self.adapter = -1
         self.num_logprobs = -1 if params.logprobs is None else params.logprobs
-        self.num_prompt_logprobs = -1
         if report_prompt and params.prompt_logprobs is not None:
             self.num_prompt_logprobs = params.prompt_logprobs
         if params.logit_bias:
             for token, bias in params.logit_bias.items():
                 self.bias_ids.push_back(token)
                 self.bias_values.push_back(bias)
+        return 0
 
     cdef int extend_hashes(self, Py_ssize_t count, Py_ssize_t block_size) except -1:
         """Make `hashes` cover the first `count` blocks, which are full: a chain of SHA-256 over the hash of
@@ -115,6 +125,11 @@ cdef class Sequence:
     def finish_reason(self):
         """"stop", "length", "abort", or None while it is alive."""
         return FINISH_REASONS[<int> self.finish_code]
+
+    @property
+    def pools(self):
+        """Whether it yields hidden states of its prompt instead of tokens."""
+        return self.pooling != POOL_NONE
 
     @property
     def num_tokens(self):

@@ -16,10 +16,11 @@ import numpy as np
 from fastllm.executor import base as _contract
 
 from fastllm.engine.block_pool cimport BlockPool
-from fastllm.engine.sequence cimport Sequence
+from fastllm.engine.sequence cimport POOL_MEAN, POOL_NONE, Sequence
 
 cdef int KIND_SAMPLE = _contract.ROW_SAMPLE
 cdef int KIND_LOGPROB = _contract.ROW_LOGPROB
+cdef int KIND_POOL = _contract.ROW_POOL
 
 
 cdef class Column:
@@ -109,7 +110,7 @@ cdef class StepBatch:
         """Empty the batch. The first entries of query_start and the CSR starts stay 0 for good."""
         self.sequences.clear()
         self.copies.clear()
-        self.num_tokens = self.num_seqs = self.num_rows = self.num_prefill_tokens = 0
+        self.num_tokens = self.num_seqs = self.num_rows = self.num_prefill_tokens = self.num_hidden = 0
         self.num_draft_tokens = 0
         self.context = 0.0
         self.num_bias = self.num_banned = self.num_history = 0
@@ -119,10 +120,11 @@ cdef class StepBatch:
     cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1:
         """Add the next count tokens of a sequence, its draft's included, and the rows that they yield.
 
-        Its block table covers them. A draft yields a sample for each of its tokens besides. A chunk that
-        reaches the newest token yields a sample, one for each of
-        its followers too; chunks of a prompt whose logprobs are wanted yield one row for each position whose
-        successor is prompt too, unless an earlier step, before a preemption, has reported it.
+        Its block table covers them. A chunk that reaches the newest token yields a sample, one for each of
+        its followers too, and one for each token of a draft behind it. Chunks of a prompt whose logprobs are
+        wanted yield one row for each position whose successor is prompt too, unless an earlier step, before a
+        preemption, has reported it. Instead of all this one that pools yields hidden states: of each position
+        not reported yet, or of the last alone.
         """
         cdef Py_ssize_t start = sequence.num_computed
         cdef Py_ssize_t stop = start + count
@@ -148,13 +150,15 @@ cdef class StepBatch:
         sequence.first_row = self.num_rows
         sequence.num_prompt_rows = 0
         sequence.num_new = 0
-        if sequence.num_prompt_logprobs >= 0:
-            position = max(start, sequence.prompt_logprobs_done)
+        if sequence.pooling != POOL_NONE:
+            self._append_pool_rows(sequence, start, stop, first)
+        elif sequence.num_prompt_logprobs >= 0:
+            position = max(start, sequence.prompt_rows_done)
             while position < stop and position < sequence.num_prompt - 1:
                 self._append_row(sequence, first + position - start, KIND_LOGPROB, 0)
                 sequence.num_prompt_rows += 1
                 position += 1
-        if stop - drafted == <Py_ssize_t> sequence.tokens.size():
+        if stop - drafted == <Py_ssize_t> sequence.tokens.size() and sequence.pooling == POOL_NONE:
             for i in range(drafted + 1):
                 self._append_row(sequence, first + known - 1 + i, KIND_SAMPLE, i)
             sequence.num_new = drafted + 1
@@ -174,6 +178,22 @@ cdef class StepBatch:
         self.sequences.append(sequence)
         return 0
 
+    cdef int _append_pool_rows(
+        self, Sequence sequence, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t first
+    ) except -1:
+        """The rows of a sequence that pools; its positions start .. stop-1 are the tokens from `first` on."""
+        cdef Py_ssize_t position = sequence.num_prompt - 1
+        if sequence.pooling == POOL_MEAN:
+            position = sequence.prompt_rows_done
+        position = max(start, position)
+        sequence.first_hidden = self.num_hidden
+        while position < stop:
+            self._append_row(sequence, first + position - start, KIND_POOL, 0)
+            sequence.num_prompt_rows += 1
+            position += 1
+        self.num_hidden += sequence.num_prompt_rows
+        return 0
+
     cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind, Py_ssize_t drafted) except -1:
         """Add a row for the token at a place of the step; before it lie so many drafted ones."""
         cdef Py_ssize_t row = self.num_rows
@@ -183,7 +203,9 @@ cdef class StepBatch:
         (<int32_t*> self._row_seq.data)[row] = <int32_t> self.num_seqs
         (<int32_t*> self._row_token.data)[row] = <int32_t> token
         (<int32_t*> self._row_kind.data)[row] = kind
-        (<int32_t*> self._row_target.data)[row] = -1 if sampled else sequence.tokens[position + 1]
+        (<int32_t*> self._row_target.data)[row] = (
+            sequence.tokens[position + 1] if kind == KIND_LOGPROB else -1
+        )
         (<int32_t*> self._num_logprobs.data)[row] = (
             sequence.num_logprobs if sampled else sequence.num_prompt_logprobs
         )

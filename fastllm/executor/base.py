@@ -5,7 +5,7 @@ The engine knows nothing else of CPU or GPU. All arrays are NumPy, C-contiguous,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +17,9 @@ UInt64Array = npt.NDArray[np.uint64]
 
 ROW_SAMPLE = 0  # row_kind: sample the token that follows
 ROW_LOGPROB = 1  # row_kind: the logprob of a given token, row_target
+ROW_POOL = 2  # row_kind: the hidden state of the token, after the final norm; nothing is sampled
+
+NO_HIDDEN: Float32Array = np.zeros((0, 0), dtype=np.float32)
 
 
 class StepBatch(Protocol):
@@ -43,11 +46,11 @@ class StepBatch(Protocol):
     # What to yield.
     row_seq: Int32Array  # (R,) in 0..S-1, ascending
     row_token: Int32Array  # (R,) in 0..T-1, ascending: the token whose hidden state is used
-    row_kind: Int32Array  # (R,) ROW_SAMPLE or ROW_LOGPROB
-    row_target: Int32Array  # (R,) ROW_LOGPROB: the token wanted; ROW_SAMPLE: -1
+    row_kind: Int32Array  # (R,) ROW_SAMPLE, ROW_LOGPROB or ROW_POOL
+    row_target: Int32Array  # (R,) ROW_LOGPROB: the token wanted; others: -1
     num_logprobs: Int32Array  # (R,) -1 = none, n >= 0 = that token and the top n
 
-    # How to sample; neutral in ROW_LOGPROB rows.
+    # How to sample; neutral in rows of another kind.
     temperature: Float32Array  # (R,) 0 = greedy
     top_k: Int32Array  # (R,) 0 = all
     top_p: Float32Array  # (R,) 1 = all
@@ -72,12 +75,15 @@ class StepResult:
     """What R rows of one StepBatch yield. Logprobs are taken from the raw logits.
 
     Attributes:
-        tokens: int32 (R,). The sampled token; in ROW_LOGPROB rows the target again.
+        tokens: int32 (R,). The sampled token; in ROW_LOGPROB rows the target again, in ROW_POOL rows 0. -1
+            where logits or hidden state are not numbers.
         logprob: float32 (R,). Of that token. Read only where num_logprobs >= 0.
         rank: int32 (R,). Of that token; 1 = most likely. Read only where num_logprobs >= 0.
         top_ids: int32 (R, L), best first; L >= every num_logprobs of the batch. Entries past a row's own
             number are undefined.
         top_logprobs: float32 (R, L).
+        hidden: float32 (P, dim), one line for each of the P ROW_POOL rows, in order; without any it has no
+            lines.
     """
 
     tokens: Int32Array
@@ -85,6 +91,7 @@ class StepResult:
     rank: Int32Array
     top_ids: Int32Array
     top_logprobs: Float32Array
+    hidden: Float32Array = field(default_factory=lambda: NO_HIDDEN)
 
 
 class Executor(Protocol):
@@ -128,4 +135,25 @@ class PhaseTimer(Protocol):
     @property
     def phase_seconds(self) -> dict[str, float]:
         """Seconds that the phases of all steps took since `profile(True)`, by name, in order."""
+        ...
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """What an executor has besides if it can give its memory back for a while. Called between steps."""
+
+    def sleep(self, level: int) -> None:
+        """Free the KV cache (level 1), and the weights as well (level 2). No step follows before `wake`.
+
+        May be called again while it sleeps; the deeper level counts.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Allocate again what `sleep` freed; the KV cache has its size, but not its contents.
+
+        Raises:
+            FastLLMError: what was freed cannot be had again; it sleeps on, and the call can be repeated.
+            MemoryError: likewise.
+        """
         ...
