@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from fastllm.engine import hooks as events
+from fastllm.engine.adapters import Adapter, Adapters
 from fastllm.engine.block_pool import BlockPool
 from fastllm.engine.completion import (
     Completion,
@@ -32,7 +33,7 @@ from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
 from fastllm.engine.stop import StopStrings
 from fastllm.errors import EngineDeadError, RequestError
-from fastllm.executor.base import Executor, StepResult
+from fastllm.executor.base import AdapterHost, Executor, PreparedAdapter, StepResult
 from fastllm.outputs import RequestOutput
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -59,6 +60,7 @@ class EngineConfig:
         cache_identity: what stands for model and kind of KV cache in the hashes of shared blocks: engines
             with the same one name the same contents alike.
         priority_interval: seconds of waiting that make up for one level of priority.
+        max_loras: most LoRA adapters loaded at once.
     """
 
     max_model_len: int
@@ -70,6 +72,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     cache_identity: str = ""
     priority_interval: float = 10.0
+    max_loras: int = 8
 
 
 class Engine:
@@ -111,6 +114,8 @@ class Engine:
             priority_interval=config.priority_interval,
         )
         self._root = prefix_root("fastllm", config.cache_identity, executor.block_size)
+        host = executor if isinstance(executor, AdapterHost) else None
+        self.adapters = Adapters(host, config.max_loras, self._root)
         self._executor = executor
         self._tokenizer = tokenizer
         self._eos_token_ids = sorted(tokenizer.eos_token_ids)
@@ -141,6 +146,7 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Put a request into the queue. A request that is refused changes nothing.
 
@@ -153,6 +159,7 @@ class Engine:
                 ones are served in order of arrival. A level counts for `EngineConfig.priority_interval`
                 seconds of waiting, so that nothing waits for ever.
             cache_salt: requests share cached blocks only with others of the same salt; None is one too.
+            adapter: the name of a loaded LoRA adapter; None: the model as it is.
 
         Raises:
             RequestError: an argument is invalid.
@@ -170,7 +177,8 @@ class Engine:
             raise RequestError("params", params, "SamplingParams")
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise RequestError("priority", priority, f"an integer in {-MAX_PRIORITY}..{MAX_PRIORITY}")
-        root = self._prefix_root(cache_salt)
+        item = None if adapter is None else self.adapters.find(adapter)
+        root = self._prefix_root(cache_salt, item)
         vocab_size = self.scheduler.vocab_size
         packed = pack_token_ids(prompt_token_ids, vocab_size)
         params.check_vocabulary(vocab_size)
@@ -181,7 +189,7 @@ class Engine:
         self.scheduler.length_limit(len(packed), params.max_tokens)
 
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
-        request = Request(request_id, prompt, packed.tolist(), params, seed, self._clock())
+        request = Request(request_id, prompt, packed.tolist(), params, seed, self._clock(), item)
         stop_strings = StopStrings(params.stop_strings) if params.stop_strings else None
         for index in range(params.n):
             sequence = Sequence(
@@ -194,6 +202,7 @@ class Engine:
                 report_prompt=index == 0,
                 priority=priority,
                 root=root,
+                adapter=-1 if item is None else item.index,
             )
             detokenizer = None
             if params.detokenize:
@@ -207,13 +216,15 @@ class Engine:
             request.completions.append(completion)
         with self._guard:
             self._requests[request_id] = request
+            if item is not None:
+                item.users += 1
             leader, *followers = [completion.sequence for completion in request.completions]
             self.scheduler.add(leader, request.metrics.arrival_time, followers)
             if self._hooks.queued:
                 event = events.Queued(request.metrics.arrival_time, request_id, len(packed), params.n)
                 emit(self._hooks.queued, event)
 
-    def _prefix_root(self, cache_salt: str | None) -> bytes | None:
+    def _prefix_root(self, cache_salt: str | None, adapter: Adapter | None) -> bytes | None:
         """What a request's blocks are known by before their tokens; None: they are not shared."""
         if cache_salt is not None and not (
             isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT_CHARACTERS
@@ -222,14 +233,43 @@ class Engine:
             raise RequestError("cache_salt", cache_salt, limit)
         if not self.config.enable_prefix_caching:
             return None
-        if cache_salt is None:
-            return self._root
-        return prefix_root(self._root, cache_salt)
+        root = self._root if adapter is None else adapter.root
+        return root if cache_salt is None else prefix_root(root, cache_salt)
 
     def reset_prefix_cache(self) -> None:
         """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
         with self._guard:
             self.scheduler.pool.reset_prefix_cache()
+
+    def add_adapter(self, name: str, adapter: PreparedAdapter) -> None:
+        """Load a LoRA adapter. To be called between two steps; reading it beforehand (`adapters.read`) may be
+        done in any thread.
+
+        Raises:
+            RequestError: the name is taken, or the adapter does not fit the model.
+            CapacityError: there are `EngineConfig.max_loras`.
+            EngineDeadError: the engine is dead.
+        """
+        self.check_health()
+        with self._guard:
+            self.adapters.add(name, adapter)
+
+    def remove_adapter(self, name: str) -> bool:
+        """Unload an adapter. No new request finds it; those that have it are served to their end, and with
+        the last one its memory is free. To be called between two steps.
+
+        Returns:
+            Whether there was one of that name.
+        """
+        with self._guard:
+            found = self.adapters.remove(name)
+            self._sweep()
+        return found
+
+    def _sweep(self) -> None:
+        """Free the adapters that nobody uses any more; a step in flight may still name one."""
+        if self.scheduler.in_flight is None and not self._closed:
+            self.adapters.sweep()
 
     def abort(self, request_id: str) -> None:
         """End a request in any state: its blocks are free at once, or when the step in flight is over.
@@ -242,6 +282,7 @@ class Engine:
             with self._guard:
                 self._abort(request)
                 self._ready.append(request.output())
+                self._sweep()
 
     def _abort(self, request: Request, *, text: bool = True) -> None:
         for completion in request.completions:
@@ -264,6 +305,8 @@ class Engine:
         request.closed = True
         request.metrics.finished_time = now
         del self._requests[request.request_id]
+        if request.adapter is not None:
+            request.adapter.users -= 1
 
     # ---- steps -------------------------------------------------------------------------------------------
 
@@ -303,10 +346,13 @@ class Engine:
             if scheduler.in_flight is None:  # the step was counted, its tokens are lost
                 raise self._die(error) from error
             scheduler.rollback()  # the same step comes again
+            self._sweep()
             raise
         try:
             now = self._clock()
             self._deliver(moved, result, now)
+            if self.adapters.leaving:
+                self._sweep()
             if self._hooks.step:
                 delivery = self._clock() - now
                 emit(
@@ -514,6 +560,7 @@ class Engine:
             AssertionError: the scheduler, or what the engine believes of it, is inconsistent.
         """
         self.scheduler.check()
+        self.adapters.check(request.adapter for request in self._requests.values())
         live = {(item.request_id, item.index): item for item in self.scheduler.running}
         live.update({(item.request_id, item.index): item for item in self.scheduler.waiting})
         for request in self._requests.values():
@@ -523,6 +570,11 @@ class Engine:
             for item in running:
                 if live.pop((request.request_id, item.sequence.index), None) is not item.sequence:
                     raise AssertionError(f"E2: the scheduler does not have {item.sequence!r}")
+                index = -1 if request.adapter is None else request.adapter.index
+                if item.sequence.adapter != index:
+                    raise AssertionError(
+                        f"E5: {item.sequence!r} has adapter {item.sequence.adapter}, not {index}"
+                    )
                 behind = item.sequence.num_output - item.num_tokens
                 if behind < 0 or (behind > 0 and not item.deferred):
                     raise AssertionError(f"E3: {item.num_tokens} tokens delivered of {item.sequence!r}")
