@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from fastllm.llm import LLM
+    from fastllm.lora import LoRARequest
     from fastllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -39,6 +40,7 @@ __all__ = [
     "EngineDeadError",
     "EngineHook",
     "FastLLMError",
+    "LoRARequest",
     "Logprob",
     "ModelFileError",
     "ModelSourceError",
@@ -57,6 +59,7 @@ _HOMES = {
     "LLM": "fastllm.llm",
     "AsyncLLM": "fastllm.async_llm",
     "EngineHook": "fastllm.engine.hooks",
+    "LoRARequest": "fastllm.lora",
     **dict.fromkeys(("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"), "fastllm.outputs"),
     **dict.fromkeys(("RequestOutputKind", "SamplingParams"), "fastllm.sampling_params"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fastllm.errors"),

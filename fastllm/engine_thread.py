@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
+from fastllm.engine.adapters import Adapters
 from fastllm.engine.engine import Engine
 from fastllm.engine.sequence import pack_token_ids
 from fastllm.errors import CapacityError, EngineDeadError, RequestError
@@ -135,6 +136,7 @@ class Admission:
     priority: int = 0
     place: str = ""
     cache_salt: str | None = None
+    adapter: str | None = None
 
 
 class EngineThread:
@@ -146,6 +148,7 @@ class EngineThread:
 
     def __init__(self, engine: Engine, *, name: str = "fastllm-engine") -> None:
         self._engine = engine
+        self.adapters: Adapters = engine.adapters  # for what of it any thread may use
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._mail: dict[str, Mailbox] = {}
         # Ids that ended since the last step by abort: the engine has yet to hand out their last outputs.
@@ -336,6 +339,8 @@ class EngineThread:
                 packed = pack_token_ids(item.prompt_token_ids, engine.scheduler.vocab_size)
                 item.params.check_vocabulary(engine.scheduler.vocab_size)
                 engine.scheduler.length_limit(len(packed), item.params.max_tokens)
+                if item.adapter is not None:
+                    engine.adapters.find(item.adapter)
             for item in admissions:
                 engine.add_request(
                     item.mailbox.request_id,
@@ -344,6 +349,7 @@ class EngineThread:
                     prompt=item.prompt,
                     priority=item.priority,
                     cache_salt=item.cache_salt,
+                    adapter=item.adapter,
                 )
                 self._mail[item.mailbox.request_id] = item.mailbox
                 added.append(item)

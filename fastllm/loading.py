@@ -53,6 +53,7 @@ class ModelOptions:
     kv_cache_memory_bytes: int | None = None
     kv_cache_tokens: int | None = None
     threads: int | None = None
+    max_loras: int = 8
     seed: int = 0
     device: str = "cpu"
     progress: bool = True
@@ -70,6 +71,7 @@ class ModelOptions:
             raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
         _count("max_num_seqs", self.max_num_seqs, 1, 65536)
         _count("max_num_batched_tokens", self.max_num_batched_tokens, 1, _INT32_MAX)
+        _count("max_loras", self.max_loras, 0, 256)
         _count("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_model_len is not None:
             _count("max_model_len", self.max_model_len, 2, _INT32_MAX)
@@ -257,6 +259,7 @@ def _engine(
         seed=options.seed,
         enable_prefix_caching=options.enable_prefix_caching,
         cache_identity=identity,
+        max_loras=options.max_loras,
     )
     return Engine(executor, tokenizer, config, hooks)
 

@@ -20,6 +20,7 @@ from fastllm import (
     CompletionOutput,
     FastLLMError,
     Logprob,
+    LoRARequest,
     RequestOutput,
     SamplingParams,
     _core,
@@ -46,6 +47,14 @@ def generating(llm: LLM, params: SamplingParams) -> None:
         assert_type(other, LLM)
 
 
+def adapting(llm: LLM, lora: LoRARequest) -> None:
+    assert_type(lora.lora_name, str)
+    assert_type(llm.add_lora(lora), bool)
+    assert_type(llm.generate(["one", "two"], lora_request=[lora, None]), list[RequestOutput])
+    assert_type(llm.remove_lora("name"), bool)
+    assert_type(llm.list_loras(), list[LoRARequest])
+
+
 def profiling(llm: LLM) -> None:
     with llm.profile() as profile:
         assert_type(profile, Profile)
@@ -58,6 +67,7 @@ async def serving(llm: AsyncLLM, params: SamplingParams) -> None:
     async for output in stream:
         assert_type(output.outputs[0].text, str)
     assert_type(await llm.abort("request-1"), None)
+    assert_type(await llm.add_lora(LoRARequest("name", "directory")), bool)
 
 
 def reading(output: RequestOutput) -> None:
@@ -104,6 +114,7 @@ def engine(scheduler: Scheduler, sequence: RunningSequence) -> None:
 
 def wrong(llm: LLM, x: Floats, prompts: Sequence[Any]) -> None:
     llm.generate(7)  # type: ignore[arg-type]
+    llm.generate("text", lora_request="name")  # type: ignore[arg-type]
     llm.generate(prompts, temperature=0)  # type: ignore[call-arg]
     SamplingParams(temprature=0.5)  # type: ignore[call-arg]
     ops.matmul(x, x)  # type: ignore[arg-type]
