@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from fastllm.llm import LLM
+    from fastllm.lora import LoRARequest
     from fastllm.outputs import (
         CompletionOutput,
         EmbeddingOutput,
@@ -48,6 +49,7 @@ __all__ = [
     "EngineDeadError",
     "EngineHook",
     "FastLLMError",
+    "LoRARequest",
     "Logprob",
     "ModelFileError",
     "ModelSourceError",
@@ -68,6 +70,7 @@ _HOMES = {
     "LLM": "fastllm.llm",
     "AsyncLLM": "fastllm.async_llm",
     "EngineHook": "fastllm.engine.hooks",
+    "LoRARequest": "fastllm.lora",
     **dict.fromkeys(
         (
             "CompletionOutput",

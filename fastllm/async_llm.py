@@ -17,6 +17,7 @@ from fastllm.engine_thread import CLOSED, Admission, EngineThread, Mailbox, Outp
 from fastllm.errors import EngineDeadError, RequestError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
+from fastllm.lora import AdapterLoader, LoRARequest, parse_loras
 from fastllm.outputs import EmbeddingOutput, RequestOutput
 from fastllm.pooling_params import PoolingParams
 from fastllm.prompts import (
@@ -69,6 +70,7 @@ class AsyncLLM:
         kv_cache_tokens: int | None = None,
         kv_cache_memory_share: float | None = None,
         threads: int | None = None,
+        max_loras: int = 8,
         seed: int = 0,
         device: str = "cpu",
         hooks: Sequence[EngineHook] = (),
@@ -90,6 +92,7 @@ class AsyncLLM:
             kv_cache_tokens=kv_cache_tokens,
             kv_cache_memory_share=kv_cache_memory_share,
             threads=threads,
+            max_loras=max_loras,
             seed=seed,
             device=device,
             progress=progress,
@@ -112,7 +115,10 @@ class AsyncLLM:
         self._bells: _LoopBells = weakref.WeakKeyDictionary()
         self._preparing: dict[str, _Preparation] = {}
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="fastllm-tokenize")
+        # Of its own: texts do not wait for files. The thread starts with the first adapter.
+        self._loaders = ThreadPoolExecutor(1, thread_name_prefix="fastllm-adapter")
         self._thread = EngineThread(engine)
+        self._adapters = AdapterLoader(self._thread)
 
     # ---- generating --------------------------------------------------------------------------------------
 
@@ -122,6 +128,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Continue a prompt; outputs come as the engine's steps do.
@@ -134,6 +141,8 @@ class AsyncLLM:
             prompt: text, {"prompt": text} or {"prompt_token_ids": [ids]}.
             sampling_params: None: `SamplingParams()`.
             request_id: a name that no unfinished request has; None: one is made up.
+            lora_request: the adapter to answer with. One that has a path and is not loaded yet is loaded
+                first, off the event loop.
             priority: lower is served first, and may interrupt what is higher; equal ones go by arrival.
 
         Raises:
@@ -141,11 +150,13 @@ class AsyncLLM:
 
         Raises (in the iteration):
             RequestError, CapacityError: the request cannot be served; nothing was begun.
+            ModelFileError, UnsupportedModelError: the adapter cannot be loaded; see `add_lora`.
             EngineDeadError: the AsyncLLM is closed, or its engine has failed.
         """
         parsed = parse_prompt(prompt)
         (params,) = parse_params(sampling_params, 1)
-        return self._generate(self._tokenizing(parsed), params, request_id, priority, parsed.cache_salt)
+        (lora,) = parse_loras(lora_request, 1)
+        return self._generate(self._tokenizing(parsed, lora), params, request_id, priority, parsed.cache_salt)
 
     def encode(
         self,
@@ -166,11 +177,11 @@ class AsyncLLM:
         """
         parsed = parse_prompt(prompt)
         params = parse_pooling_params(pooling_params)
-        return self._generate(self._tokenizing(parsed), params, request_id, priority, parsed.cache_salt)
+        return self._generate(self._tokenizing(parsed, None), params, request_id, priority, parsed.cache_salt)
 
-    def _tokenizing(self, parsed: Prompt) -> _Preparation:
+    def _tokenizing(self, parsed: Prompt, lora: LoRARequest | None) -> _Preparation:
         inline = parsed.text is None or parsed.token_ids is not None or len(parsed.text) <= _INLINE_CHARACTERS
-        return _Preparation(parsed.text, lambda: tokenize(self._tokenizer, parsed), inline=inline)
+        return _Preparation(parsed.text, lambda: tokenize(self._tokenizer, parsed), lora, inline=inline)
 
     def chat(
         self,
@@ -178,6 +189,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
@@ -190,7 +202,7 @@ class AsyncLLM:
         Args:
             messages: [{"role": "user", "content": "..."}, ...].
             add_generation_prompt, chat_template, chat_template_kwargs, tools: as for `LLM.chat`.
-            sampling_params, request_id, priority: as for `generate`.
+            sampling_params, request_id, lora_request, priority: as for `generate`.
             cache_salt: cached blocks are shared only with requests of the same one.
 
         Raises:
@@ -208,7 +220,8 @@ class AsyncLLM:
                 tools=tools,
             )
 
-        work = _Preparation(None, render, inline=False)
+        (lora,) = parse_loras(lora_request, 1)
+        work = _Preparation(None, render, lora, inline=False)
         return self._generate(work, params, request_id, priority, cache_salt)
 
     async def _generate(
@@ -231,7 +244,8 @@ class AsyncLLM:
         mailbox: _AsyncMailbox[Any] = _AsyncMailbox(request_id, params.output_kind, bell)
         finished = False
         try:
-            self._thread.post(Admission(mailbox, work.text, ids, params, priority, "", cache_salt))
+            adapter = None if work.lora is None else work.lora.lora_name
+            self._thread.post(Admission(mailbox, work.text, ids, params, priority, "", cache_salt, adapter))
             while not finished:
                 output = await mailbox.next()
                 finished = output.finished
@@ -242,16 +256,23 @@ class AsyncLLM:
                 self._thread.discard([mailbox])
 
     async def _prepare(self, work: _Preparation, request_id: str) -> Sequence[int]:
-        """Token ids, off the event loop where that takes long; `abort` reaches the request all the same."""
-        if work.inline:
+        """Token ids and the adapter, off the event loop where that takes long; `abort` reaches the request
+        all the same."""
+        loading = work.lora is not None and self._adapters.missing(work.lora)
+        if work.inline and not loading:
             return work.run()
+
+        def load_and_run() -> Sequence[int]:
+            self._adapters.load_all([work.lora])
+            return work.run()
+
         with self._lock:
             if request_id in self._preparing:
                 raise RequestError("request_id", request_id, "a name that no unfinished request has")
             self._preparing[request_id] = work
         try:
             try:
-                future = self._workers.submit(work.run)
+                future = self._loaders.submit(load_and_run) if loading else self._workers.submit(work.run)
             except RuntimeError as error:  # they were shut down a moment ago
                 raise EngineDeadError(CLOSED) from error
             return await asyncio.wrap_future(future)
@@ -343,6 +364,28 @@ class AsyncLLM:
         """End the measurement; without one, do nothing."""
         await asyncio.wrap_future(self._thread.call(lambda engine: engine.stop_profile()))
 
+    # ---- adapters ----------------------------------------------------------------------------------------
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load a LoRA adapter off the event loop; see `LLM.add_lora`."""
+        (lora,) = parse_loras([lora_request], 1)
+        if lora is None:
+            raise RequestError("lora_request", None, "a LoRARequest")
+        try:
+            future = self._loaders.submit(self._adapters.load, lora)
+        except RuntimeError as error:  # closed
+            raise EngineDeadError(CLOSED) from error
+        return await asyncio.wrap_future(future)
+
+    async def remove_lora(self, lora_name: str) -> bool:
+        """Unload an adapter; see `LLM.remove_lora`."""
+        # Shielded: whoever stops waiting does not take the command back.
+        return await asyncio.shield(asyncio.wrap_future(self._adapters.remove(lora_name)))
+
+    async def list_loras(self) -> list[LoRARequest]:
+        """The loaded adapters in the order in which they were loaded."""
+        return self._adapters.loaded()
+
     # ---- state -------------------------------------------------------------------------------------------
 
     async def check_health(self) -> None:
@@ -382,6 +425,7 @@ class AsyncLLM:
         """
         self._thread.stop()
         self._workers.shutdown(wait=True)
+        self._loaders.shutdown(wait=True)
         self._thread.join()
 
     def shutdown(self) -> None:
@@ -427,10 +471,13 @@ class AsyncLLM:
 class _Preparation:
     """What must be done before a request has token ids."""
 
-    __slots__ = ("aborted", "inline", "run", "text")
+    __slots__ = ("aborted", "inline", "lora", "run", "text")
 
-    def __init__(self, text: str | None, run: Callable[[], Sequence[int]], *, inline: bool) -> None:
+    def __init__(
+        self, text: str | None, run: Callable[[], Sequence[int]], lora: LoRARequest | None, *, inline: bool
+    ) -> None:
         self.text = text
+        self.lora = lora
         self.run = run
         self.inline = inline
         self.aborted = False

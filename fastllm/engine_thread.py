@@ -28,6 +28,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from fastllm.engine.adapters import Adapters
 from fastllm.engine.engine import Engine, check_sleep_level
 from fastllm.engine.sequence import pack_token_ids
 from fastllm.errors import CapacityError, EngineDeadError, RequestError
@@ -144,6 +145,7 @@ class Admission:
     priority: int = 0
     place: str = ""
     cache_salt: str | None = None
+    adapter: str | None = None
 
     def aborted(self) -> RequestOutput | EmbeddingOutput:
         """The output of a request that was aborted before the engine had heard of it."""
@@ -170,6 +172,7 @@ class EngineThread:
 
     def __init__(self, engine: Engine, *, name: str = "fastllm-engine") -> None:
         self._engine = engine
+        self.adapters: Adapters = engine.adapters  # for what of it any thread may use
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._mail: dict[str, Mailbox[Any]] = {}
         self._paused = False
@@ -491,6 +494,8 @@ class EngineThread:
                 packed = pack_token_ids(item.prompt_token_ids, engine.scheduler.vocab_size)
                 item.params.check_vocabulary(engine.scheduler.vocab_size)
                 engine.scheduler.length_limit(len(packed), item.params.max_tokens)
+                if item.adapter is not None:
+                    engine.adapters.find(item.adapter)
             for item in admissions:
                 engine.add_request(
                     item.mailbox.request_id,
@@ -499,6 +504,7 @@ class EngineThread:
                     prompt=item.prompt,
                     priority=item.priority,
                     cache_salt=item.cache_salt,
+                    adapter=item.adapter,
                 )
                 self._mail[item.mailbox.request_id] = item.mailbox
                 added.append(item)

@@ -17,6 +17,7 @@ from fastllm.engine_thread import Admission, EngineThread, Mailbox, Output
 from fastllm.errors import EngineDeadError, FastLLMError, RequestError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
+from fastllm.lora import AdapterLoader, LoRARequest, parse_loras
 from fastllm.outputs import EmbeddingOutput, RequestOutput, ScoringOutput
 from fastllm.pooling_params import PoolingParams
 from fastllm.prompts import (
@@ -78,6 +79,7 @@ class LLM:
             sequences of max_model_len need, at most half of the free memory.
         threads: threads that compute; None or 0: all processors that the process may use. The answer does
             not depend on it.
+        max_loras: most LoRA adapters loaded at once, up to 256.
         seed: where the seeds of requests without one come from: the same calls in the same order give the
             same answers.
         device: "cpu".
@@ -109,6 +111,7 @@ class LLM:
         kv_cache_tokens: int | None = None,
         kv_cache_memory_share: float | None = None,
         threads: int | None = None,
+        max_loras: int = 8,
         seed: int = 0,
         device: str = "cpu",
         hooks: Sequence[EngineHook] = (),
@@ -130,6 +133,7 @@ class LLM:
             kv_cache_tokens=kv_cache_tokens,
             kv_cache_memory_share=kv_cache_memory_share,
             threads=threads,
+            max_loras=max_loras,
             seed=seed,
             device=device,
             progress=progress,
@@ -149,6 +153,7 @@ class LLM:
         self._max_model_len = max_model_len
         self._numbers = itertools.count()
         self._thread = EngineThread(engine)
+        self._adapters = AdapterLoader(self._thread)
 
     # ---- generating --------------------------------------------------------------------------------------
 
@@ -157,6 +162,7 @@ class LLM:
         prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: int | Sequence[int] = 0,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
@@ -171,6 +177,8 @@ class LLM:
                 "cache_salt" keeps cached blocks from being shared with prompts of another one.
             sampling_params: one for all, or a list with one for each prompt; None: `SamplingParams()`. Their
                 output_kind does not matter here.
+            lora_request: the adapter to answer with; one for all, or a list with one (or None) for each
+                prompt. One that has a path and is not loaded yet is loaded first.
             priority: lower is served first, and may interrupt what is higher; one for all, or one for each.
             use_tqdm: show a progress bar; None: for several prompts that take more than a second, where
                 stderr is a terminal.
@@ -181,15 +189,18 @@ class LLM:
         Raises:
             RequestError, CapacityError: a prompt or its parameters cannot be served. The error names the
                 prompt, and none of the prompts was begun.
+            ModelFileError, UnsupportedModelError: an adapter cannot be loaded; see `add_lora`.
             EngineDeadError: the LLM is closed, or its engine has failed.
         """
         parsed = parse_prompts(prompts)
         several = not isinstance(prompts, (str, Mapping))
         places = [f"prompts[{index}]" if several else "" for index in range(len(parsed))]
         params = parse_params(sampling_params, len(parsed))
+        loras = parse_loras(lora_request, len(parsed))
         self._thread.check_health()
         ids = [tokenize(self._tokenizer, item, place) for item, place in zip(parsed, places, strict=True)]
-        return self._run(parsed, ids, params, places, parse_priorities(priority, len(parsed)), use_tqdm)
+        priorities = parse_priorities(priority, len(parsed))
+        return self._run(parsed, ids, params, places, priorities, loras, use_tqdm)
 
     def chat(
         self,
@@ -200,6 +211,7 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: int | Sequence[int] = 0,
         cache_salt: str | None = None,
         use_tqdm: bool | None = None,
@@ -215,7 +227,7 @@ class LLM:
             chat_template: jinja2 source, or the name of one of the model's templates, instead of its default.
             chat_template_kwargs: further values for the template; names that it does not read are refused.
             tools: JSON schemas for templates that offer tools to the model.
-            priority: as for `generate`.
+            lora_request, priority: as for `generate`.
             cache_salt: cached blocks are shared only with conversations of the same one.
             use_tqdm: as for `generate`.
 
@@ -228,6 +240,7 @@ class LLM:
         """
         conversations, several = parse_conversations(messages)
         params = parse_params(sampling_params, len(conversations))
+        loras = parse_loras(lora_request, len(conversations))
         self._thread.check_health()
         ids = []
         for index, conversation in enumerate(conversations):
@@ -248,10 +261,15 @@ class LLM:
                 raise
         prompts = [Prompt(None, None, cache_salt)] * len(conversations)
         places = [f"messages[{index}]" if several else "" for index in range(len(conversations))]
-        return self._run(prompts, ids, params, places, parse_priorities(priority, len(prompts)), use_tqdm)
+        priorities = parse_priorities(priority, len(prompts))
+        return self._run(prompts, ids, params, places, priorities, loras, use_tqdm)
 
     def stream(
-        self, prompt: PromptType, sampling_params: SamplingParams | None = None
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> Iterator[RequestOutput]:
         """Continue one prompt, piece by piece.
 
@@ -263,17 +281,22 @@ class LLM:
         """
         parsed = parse_prompt(prompt)
         (params,) = parse_params(sampling_params, 1)
+        (lora,) = parse_loras(lora_request, 1)
         self._thread.check_health()
         ids = tokenize(self._tokenizer, parsed)
-        return self._stream(parsed, ids, replace(params, output_kind=RequestOutputKind.DELTA))
+        return self._stream(parsed, ids, replace(params, output_kind=RequestOutputKind.DELTA), lora)
 
-    def _stream(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> Iterator[RequestOutput]:
+    def _stream(
+        self, prompt: Prompt, ids: Sequence[int], params: SamplingParams, lora: LoRARequest | None
+    ) -> Iterator[RequestOutput]:
+        self._adapters.load_all([lora])
+        adapter = None if lora is None else lora.lora_name
         call = _Call()
         mailbox: Mailbox[RequestOutput] = Mailbox(self._next_id(), params.output_kind, call)
         finished = False
         try:
             self._thread.admit(
-                [Admission(mailbox, prompt.text, ids, params, cache_salt=prompt.cache_salt)]
+                [Admission(mailbox, prompt.text, ids, params, cache_salt=prompt.cache_salt, adapter=adapter)]
             ).result()
             while not finished:
                 call.next()
@@ -293,12 +316,16 @@ class LLM:
         params: Sequence[SamplingParams],
         places: Sequence[str],
         priorities: Sequence[int],
+        loras: Sequence[LoRARequest | None],
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
         """Generate for a batch and wait for all of it."""
+        self._adapters.load_all(loras)
         final = {id(item): replace(item, output_kind=RequestOutputKind.FINAL_ONLY) for item in params}
         given = [final[id(item)] for item in params]
-        outputs: list[RequestOutput] = self._wait_for(prompts, ids, given, places, priorities, use_tqdm)
+        outputs: list[RequestOutput] = self._wait_for(
+            prompts, ids, given, places, priorities, loras, use_tqdm
+        )
         return outputs
 
     def _wait_for(
@@ -308,6 +335,7 @@ class LLM:
         params: Sequence[SamplingParams | PoolingParams],
         places: Sequence[str],
         priorities: Sequence[int],
+        loras: Sequence[LoRARequest | None],
         use_tqdm: bool | None,
     ) -> list[Output]:
         """Admit a batch and wait for all of it. The parameters say of which kind the outputs are."""
@@ -321,9 +349,10 @@ class LLM:
                 priority,
                 place,
                 prompt.cache_salt,
+                None if lora is None else lora.lora_name,
             )
-            for prompt, tokens, given, priority, place in zip(
-                prompts, ids, params, priorities, places, strict=True
+            for prompt, tokens, given, priority, lora, place in zip(
+                prompts, ids, params, priorities, loras, places, strict=True
             )
         ]
         outputs: dict[str, Output] = {}
@@ -386,7 +415,9 @@ class LLM:
         self._thread.check_health()
         ids = [tokenize(self._tokenizer, item, place) for item, place in zip(parsed, places, strict=True)]
         given = [params] * len(parsed)
-        outputs: list[EmbeddingOutput] = self._wait_for(parsed, ids, given, places, priorities, use_tqdm)
+        outputs: list[EmbeddingOutput] = self._wait_for(
+            parsed, ids, given, places, priorities, [None] * len(parsed), use_tqdm
+        )
         return outputs
 
     def score(
@@ -469,6 +500,45 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
         self._thread.call(lambda engine: engine.reset_prefix_cache()).result()
+
+    # ---- adapters ----------------------------------------------------------------------------------------
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load a LoRA adapter, so that requests may name it. Requests under way go on meanwhile.
+
+        Args:
+            lora_request: its name and directory.
+
+        Returns:
+            Whether it was loaded now; False where it was loaded already.
+
+        Raises:
+            RequestError: no path, no such directory, or the name belongs to an adapter from somewhere else.
+            ModelFileError, UnsupportedModelError: the adapter is damaged, does not fit the model, or is of a
+                kind that fastllm does not run.
+            CapacityError: there are max_loras adapters, or the memory does not suffice.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        (lora,) = parse_loras([lora_request], 1)
+        if lora is None:
+            raise RequestError("lora_request", None, "a LoRARequest")
+        return self._adapters.load(lora)
+
+    def remove_lora(self, lora_name: str) -> bool:
+        """Unload an adapter. New requests are refused at once, those that have it are served to their end.
+
+        Returns:
+            Whether there was one of that name.
+
+        Raises:
+            RequestError: no name.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        return self._adapters.remove(lora_name).result()
+
+    def list_loras(self) -> list[LoRARequest]:
+        """The loaded adapters in the order in which they were loaded."""
+        return self._adapters.loaded()
 
     # ---- the rest ----------------------------------------------------------------------------------------
 

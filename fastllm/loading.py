@@ -58,6 +58,7 @@ class ModelOptions:
     kv_cache_tokens: int | None = None
     kv_cache_memory_share: float | None = None
     threads: int | None = None
+    max_loras: int = 8
     seed: int = 0
     device: str = "cpu"
     progress: bool = True
@@ -80,6 +81,7 @@ class ModelOptions:
             raise RequestError("target_itl_ms", target, "milliseconds in (0, 1e6]")
         _count("max_num_seqs", self.max_num_seqs, 1, 65536)
         _count("max_num_batched_tokens", self.max_num_batched_tokens, 1, _INT32_MAX)
+        _count("max_loras", self.max_loras, 0, 256)
         _count("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_model_len is not None:
             _count("max_model_len", self.max_model_len, 2, _INT32_MAX)
@@ -302,6 +304,7 @@ def _engine(
         num_speculative_tokens=speculation.get("num_speculative_tokens", 10) if speculation else 0,
         prompt_lookup_min=speculation.get("prompt_lookup_min", 2),
         cache_identity=identity,
+        max_loras=options.max_loras,
     )
     return Engine(executor, tokenizer, config, hooks)
 

@@ -41,6 +41,7 @@ struct StepInput {
   const std::int32_t* slot_mapping = nullptr;  // (T)
   const std::int32_t* query_start = nullptr;   // (S + 1)
   const std::int32_t* seq_lens = nullptr;      // (S)
+  const std::int32_t* adapter = nullptr;       // (S) index of a loaded adapter, -1: none; null: none at all
   const std::int32_t* block_tables = nullptr;  // (S, max_blocks)
   const std::int32_t* copy_blocks = nullptr;   // (C, 2)
   const std::int32_t* row_token = nullptr;     // (R)

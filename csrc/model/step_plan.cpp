@@ -11,6 +11,7 @@ constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this 
 constexpr std::int64_t kTokensWorthAPart = 16;    // fewer would spend their time on reading the weights
 constexpr std::int64_t kTokensThatLeaveTime = 8;  // products of fewer are bound by memory themselves
 constexpr std::int64_t kReadAheadBytes = std::int64_t{8} << 20;  // of a layer, at most
+constexpr std::int64_t kTokensInAdapterChunk = 16;
 constexpr double kUneven = 1.05;        // the greatest part may be so much greater than their mean
 constexpr double kAttentionCost = 5.0;  // of a multiply-add, in those of a product
 
@@ -35,6 +36,8 @@ void StepPlan::make(const StepInput& in, const DecoderConfig& config, const KvVi
   block_runs_.clear();
   head_rows_.clear();
   pool_rows_.clear();
+  adapter_runs_.clear();
+  adapter_chunks_.clear();
   cut_batch(in, config, kv.block_size, threads);
   rows_of_logits_ = 0;
   for (Part& part : parts_) {
@@ -46,6 +49,7 @@ void StepPlan::make(const StepInput& in, const DecoderConfig& config, const KvVi
     part.items.end = static_cast<std::int64_t>(items_.size());
     cut_items(in, part);
     plan_read_ahead(in, kv, part);
+    plan_adapters(in, part);
   }
 }
 
@@ -254,6 +258,34 @@ void StepPlan::plan_read_ahead(const StepInput& in, const KvView& kv, Part& part
     }
   }
   part.runs.end = static_cast<std::int64_t>(block_runs_.size());
+}
+
+// ---- adapters --------------------------------------------------------------------------------------------
+
+void StepPlan::plan_adapters(const StepInput& in, Part& part) {
+  const auto first = static_cast<std::int64_t>(adapter_runs_.size());
+  part.adapter_runs = {first, first};
+  part.adapter_chunks.begin = part.adapter_chunks.end = static_cast<std::int64_t>(adapter_chunks_.size());
+  if (in.adapter == nullptr) return;
+  for (std::int64_t s = part.sequences.begin; s < part.sequences.end; ++s) {
+    const std::int32_t adapter = in.adapter[s];
+    const std::int32_t begin = in.query_start[s], end = in.query_start[s + 1];
+    if (adapter < 0 || begin == end) continue;
+    const bool goes_on = static_cast<std::int64_t>(adapter_runs_.size()) > first &&
+                         adapter_runs_.back().adapter == adapter && adapter_runs_.back().tokens.end == begin;
+    if (goes_on) {
+      adapter_runs_.back().tokens.end = end;
+    } else {
+      adapter_runs_.push_back({adapter, {begin, end}});
+    }
+  }
+  part.adapter_runs.end = static_cast<std::int64_t>(adapter_runs_.size());
+  for (std::int64_t i = first; i < part.adapter_runs.end; ++i) {
+    const AdapterRun& run = adapter_runs_[static_cast<std::size_t>(i)];
+    for (std::int64_t t = run.tokens.begin; t < run.tokens.end; t += kTokensInAdapterChunk)
+      adapter_chunks_.push_back({run.adapter, {t, std::min(t + kTokensInAdapterChunk, run.tokens.end)}});
+  }
+  part.adapter_chunks.end = static_cast<std::int64_t>(adapter_chunks_.size());
 }
 
 }  // namespace fastllm

@@ -39,6 +39,12 @@ struct Range {
   std::int64_t size() const { return end - begin; }
 };
 
+// Tokens of neighbouring sequences that have one adapter.
+struct AdapterRun {
+  std::int32_t adapter;
+  Range tokens;
+};
+
 // Some of the batch's sequences, and the threads that compute them.
 struct Part {
   Range threads;  // of the pool
@@ -49,6 +55,7 @@ struct Part {
   // Thread t takes items [cuts[t], cuts[t + 1]) first, then those that remain.
   std::vector<std::int64_t> cuts;
   Range runs;                               // of blocks to read ahead
+  Range adapter_runs, adapter_chunks;       // both empty where no sequence has an adapter
   std::int32_t longest = 0;                 // sequence
   std::int64_t rows_at_once = kRowsAtOnce;  // of logits
   std::int64_t logits_at = 0;               // the first of them
@@ -90,6 +97,9 @@ class StepPlan {
   const std::vector<AttentionItem>& items() const { return items_; }
   const std::vector<AttentionMerge>& merges() const { return merges_; }  // of the only part
   const std::vector<BlockRun>& block_runs() const { return block_runs_; }
+  // The same tokens twice: as long as they are, and in pieces for the threads to share.
+  const std::vector<AdapterRun>& adapter_runs() const { return adapter_runs_; }
+  const std::vector<AdapterRun>& adapter_chunks() const { return adapter_chunks_; }
 
   std::int64_t rows_of_logits() const { return rows_of_logits_; }
 
@@ -110,6 +120,7 @@ class StepPlan {
   void split_decodes(const StepInput& in, const DecoderConfig& config, std::int64_t threads);
   void cut_items(const StepInput& in, Part& part);
   void plan_read_ahead(const StepInput& in, const KvView& kv, Part& part);
+  void plan_adapters(const StepInput& in, Part& part);
 
   std::vector<Part> parts_;
   std::vector<std::int32_t> writers_;  // by block, the part that writes it; -1: none
@@ -119,6 +130,7 @@ class StepPlan {
   std::vector<AttentionMerge> merges_;
   AlignedBuffer partials_;            // of the merges
   std::vector<BlockRun> block_runs_;  // what attention reads of a layer, in the order of the items
+  std::vector<AdapterRun> adapter_runs_, adapter_chunks_;
 };
 
 }  // namespace fastllm

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fastllm.engine import hooks as events
+from fastllm.engine.adapters import Adapter, Adapters
 from fastllm.engine.block_pool import BlockPool
 from fastllm.engine.completion import (
     Completion,
@@ -35,7 +36,7 @@ from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
 from fastllm.engine.stop import StopStrings
 from fastllm.errors import EngineDeadError, RequestError
-from fastllm.executor.base import Executor, Sleeper, StepResult
+from fastllm.executor.base import AdapterHost, Executor, PreparedAdapter, Sleeper, StepResult
 from fastllm.outputs import EmbeddingOutput, RequestOutput
 from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
@@ -73,6 +74,7 @@ class EngineConfig:
             sequences run.
         num_speculative_tokens: most tokens of a sequence that a step guesses (`NgramDrafter`); 0: none.
         prompt_lookup_min: tokens that must have stood somewhere before for a guess at what follows.
+        max_loras: most LoRA adapters loaded at once.
     """
 
     max_model_len: int
@@ -87,6 +89,7 @@ class EngineConfig:
     target_itl_ms: float | None = None
     num_speculative_tokens: int = 0
     prompt_lookup_min: int = 2
+    max_loras: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,8 @@ class Engine:
             ),
         )
         self._root = prefix_root("fastllm", config.cache_identity, executor.block_size)
+        host = executor if isinstance(executor, AdapterHost) else None
+        self.adapters = Adapters(host, config.max_loras, self._root)
         self._executor = executor
         self._sleeper = executor if isinstance(executor, Sleeper) else None
         self._sleeping = 0  # the level, 0 while it is awake
@@ -194,6 +199,7 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Put a request into the queue. A request that is refused changes nothing.
 
@@ -206,6 +212,7 @@ class Engine:
                 ones are served in order of arrival. A level counts for `EngineConfig.priority_interval`
                 seconds of waiting, so that nothing waits for ever.
             cache_salt: requests share cached blocks only with others of the same salt; None is one too.
+            adapter: the name of a loaded LoRA adapter; None: the model as it is.
 
         Raises:
             RequestError: an argument is invalid, or the engine sleeps.
@@ -224,13 +231,14 @@ class Engine:
             raise RequestError("params", params, "SamplingParams or PoolingParams")
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise RequestError("priority", priority, f"an integer in {-MAX_PRIORITY}..{MAX_PRIORITY}")
-        root = self._prefix_root(cache_salt)
+        item = None if adapter is None else self.adapters.find(adapter)
+        root = self._prefix_root(cache_salt, item)
         vocab_size = self.scheduler.vocab_size
         packed = pack_token_ids(prompt_token_ids, vocab_size)
         params.check_vocabulary(vocab_size)
         if isinstance(params, PoolingParams):
             self.scheduler.length_limit(len(packed), params.max_tokens)
-            self._add_pooling(request_id, packed, params, prompt, priority, root)
+            self._add_pooling(request_id, packed, params, prompt, priority, root, item)
             return
         if params.min_tokens:
             stops = set(params.stop_ids) if params.ignore_eos else {*params.stop_ids, *self._eos_token_ids}
@@ -239,7 +247,7 @@ class Engine:
         self.scheduler.length_limit(len(packed), params.max_tokens)
 
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
-        request = Request(request_id, prompt, packed.tolist(), params, seed, self._clock())
+        request = Request(request_id, prompt, packed.tolist(), params, seed, self._clock(), item)
         stop_strings = StopStrings(params.stop_strings) if params.stop_strings else None
         for index in range(params.n):
             sequence = Sequence(
@@ -252,6 +260,7 @@ class Engine:
                 report_prompt=index == 0,
                 priority=priority,
                 root=root,
+                adapter=-1 if item is None else item.index,
             )
             detokenizer = None
             if params.detokenize:
@@ -273,9 +282,11 @@ class Engine:
         prompt: str | None,
         priority: int,
         root: bytes | None,
+        adapter: Adapter | None,
     ) -> None:
-        request = PoolingRequest(request_id, prompt, packed.tolist(), params, self._clock())
-        sequence = Sequence(request_id, packed, params, priority=priority, root=root)
+        request = PoolingRequest(request_id, prompt, packed.tolist(), params, self._clock(), adapter)
+        index = -1 if adapter is None else adapter.index
+        sequence = Sequence(request_id, packed, params, priority=priority, root=root, adapter=index)
         pooled = PooledPrompt(sequence)
         sequence.owner = (request, pooled)
         request.completions.append(pooled)
@@ -284,6 +295,8 @@ class Engine:
     def _enqueue(self, request: Request | PoolingRequest) -> None:
         with self._guard:
             self._requests[request.request_id] = request
+            if request.adapter is not None:
+                request.adapter.users += 1
             leader, *followers = [completion.sequence for completion in request.completions]
             arrival = request.metrics.arrival_time
             self.scheduler.add(leader, arrival, followers)
@@ -293,7 +306,7 @@ class Engine:
                 )
                 emit(self._hooks.queued, event)
 
-    def _prefix_root(self, cache_salt: str | None) -> bytes | None:
+    def _prefix_root(self, cache_salt: str | None, adapter: Adapter | None) -> bytes | None:
         """What a request's blocks are known by before their tokens; None: they are not shared."""
         if cache_salt is not None and not (
             isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT_CHARACTERS
@@ -302,9 +315,8 @@ class Engine:
             raise RequestError("cache_salt", cache_salt, limit)
         if not self.config.enable_prefix_caching:
             return None
-        if cache_salt is None:
-            return self._root
-        return prefix_root(self._root, cache_salt)
+        root = self._root if adapter is None else adapter.root
+        return root if cache_salt is None else prefix_root(root, cache_salt)
 
     def reset_prefix_cache(self) -> None:
         """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
@@ -312,6 +324,36 @@ class Engine:
             self.scheduler.pool.reset_prefix_cache()
             if self.scheduler.pool.events:
                 self._emit_cache_events(self._clock())
+
+    def add_adapter(self, name: str, adapter: PreparedAdapter) -> None:
+        """Load a LoRA adapter. To be called between two steps; reading it beforehand (`adapters.read`) may be
+        done in any thread.
+
+        Raises:
+            RequestError: the name is taken, or the adapter does not fit the model.
+            CapacityError: there are `EngineConfig.max_loras`.
+            EngineDeadError: the engine is dead.
+        """
+        self.check_health()
+        with self._guard:
+            self.adapters.add(name, adapter)
+
+    def remove_adapter(self, name: str) -> bool:
+        """Unload an adapter. No new request finds it; those that have it are served to their end, and with
+        the last one its memory is free. To be called between two steps.
+
+        Returns:
+            Whether there was one of that name.
+        """
+        with self._guard:
+            found = self.adapters.remove(name)
+            self._sweep()
+        return found
+
+    def _sweep(self) -> None:
+        """Free the adapters that nobody uses any more; a step in flight may still name one."""
+        if self.scheduler.in_flight is None and not self._closed:
+            self.adapters.sweep()
 
     def abort(self, request_id: str) -> None:
         """End a request in any state: its blocks are free at once, or when the step in flight is over.
@@ -324,6 +366,7 @@ class Engine:
             with self._guard:
                 self._abort(request)
                 self._ready.append(request.output())
+                self._sweep()
 
     def _abort(self, request: Request | PoolingRequest, *, text: bool = True) -> None:
         for completion in request.completions:
@@ -346,6 +389,8 @@ class Engine:
         request.closed = True
         request.metrics.finished_time = now
         del self._requests[request.request_id]
+        if request.adapter is not None:
+            request.adapter.users -= 1
 
     # ---- steps -------------------------------------------------------------------------------------------
 
@@ -387,12 +432,15 @@ class Engine:
             if scheduler.in_flight is None:  # the step was counted, its tokens are lost
                 raise self._die(error) from error
             scheduler.rollback()  # the same step comes again
+            self._sweep()
             raise
         try:
             now = self._clock()
             self._deliver(moved, result, now)
             if scheduler.pool.events:
                 self._emit_cache_events(now)
+            if self.adapters.leaving:
+                self._sweep()
             if self._hooks.step:
                 delivery = self._clock() - now
                 emit(
@@ -705,6 +753,7 @@ class Engine:
             AssertionError: the scheduler, or what the engine believes of it, is inconsistent.
         """
         self.scheduler.check()
+        self.adapters.check(request.adapter for request in self._requests.values())
         live = {(item.request_id, item.index): item for item in self.scheduler.running}
         live.update({(item.request_id, item.index): item for item in self.scheduler.waiting})
         for request in self._requests.values():
@@ -714,6 +763,11 @@ class Engine:
             for item in running:
                 if live.pop((request.request_id, item.sequence.index), None) is not item.sequence:
                     raise AssertionError(f"E2: the scheduler does not have {item.sequence!r}")
+                index = -1 if request.adapter is None else request.adapter.index
+                if item.sequence.adapter != index:
+                    raise AssertionError(
+                        f"E5: {item.sequence!r} has adapter {item.sequence.adapter}, not {index}"
+                    )
                 behind = item.sequence.num_output - item.num_tokens
                 if behind < 0 or (behind > 0 and not item.deferred):
                     raise AssertionError(f"E3: {item.num_tokens} tokens delivered of {item.sequence!r}")

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from fastllm.engine.adapters import Adapter
 from fastllm.engine.sequence import Sequence
 from fastllm.executor.base import StepResult
 from fastllm.outputs import EmbeddingOutput, RequestMetrics, ScoringOutput
@@ -76,6 +77,7 @@ class PoolingRequest:
     """A request for an embedding, with what the engine reads of a `Request`."""
 
     __slots__ = (
+        "adapter",
         "closed",
         "completions",
         "kind",
@@ -94,6 +96,7 @@ class PoolingRequest:
         prompt_token_ids: list[int],
         params: PoolingParams,
         arrival_time: float,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -104,6 +107,7 @@ class PoolingRequest:
         self.num_running = 1
         self.metrics = RequestMetrics(arrival_time)
         self.closed = False  # its output was made
+        self.adapter = adapter  # counts among its users from admission until closed
 
     def output(self) -> EmbeddingOutput:
         """What its caller is told."""

@@ -271,19 +271,23 @@ cdef class Scheduler:
         Args:
             sequence: a new sequence.
             now: when it arrived, in seconds; from it and the priority comes its deadline.
-            followers: new sequences of the same prompt and priority.
+            followers: new sequences of the same prompt, priority and adapter.
 
         Raises:
             CapacityError: see `length_limit`. Nothing changed.
-            RequestError: one of them is not new, or a follower has another prompt. Nothing changed.
+            RequestError: one of them is not new, or a follower has another prompt, priority or
+                adapter. Nothing changed.
         """
         cdef Sequence item
         cdef list members = [sequence] if followers is None else [sequence, *followers]
         for item in members:
             if item.state_code != SEQUENCE_NEW:
                 raise RequestError("sequence", item, "a sequence that was never added")
-            if item.tokens != sequence.tokens or item.priority != sequence.priority:
-                raise RequestError("followers", item, "sequences with the leader's prompt and priority")
+            if (item.tokens != sequence.tokens or item.priority != sequence.priority
+                    or item.adapter != sequence.adapter):
+                raise RequestError(
+                    "followers", item, "sequences with the leader's prompt, priority and adapter"
+                )
         limits = [
             self.length_limit(item.num_prompt, None if item.max_tokens < 0 else item.max_tokens)
             for item in members

@@ -75,7 +75,7 @@ cdef class Sequence:
     cdef int32_t top_k  # 0 = all
     cdef bint penalized  # any of the three penalties is on
     cdef readonly uint64_t seed
-    cdef int32_t adapter  # -1 = none
+    cdef readonly int32_t adapter  # index in the executor; -1 = none
     cdef int32_t num_logprobs  # -1 = none
     cdef int32_t num_prompt_logprobs  # -1 = none
     cdef Pooling pooling

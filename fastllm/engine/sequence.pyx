@@ -38,13 +38,14 @@ cdef class Sequence:
         priority: lower is more important.
         root: 32 bytes that stand for all that K and V depend on besides the tokens (`prefix_root`); None:
             its blocks are never shared with other requests.
+        adapter: index of its LoRA adapter in the executor, which `root` must stand for too; -1: none.
         owner: an object to find again from the sequence.
     """
 
     def __init__(
         self, str request_id not None, const int32_t[::1] prompt not None, params, *, Py_ssize_t index=0,
         seed=0, eos_token_ids=(), bint report_prompt=True, owner=None, Py_ssize_t priority=0,
-        bytes root=None,
+        bytes root=None, int32_t adapter=-1,
     ):
         if prompt.shape[0] == 0:
             raise RequestError("prompt_token_ids", [], "at least one token id")
@@ -64,7 +65,7 @@ cdef class Sequence:
         self.repetition = 1.0
         self.top_p = 1.0
         self.seed = seed
-        self.adapter = -1
+        self.adapter = adapter
         self.num_logprobs = -1
         self.num_prompt_logprobs = -1
         if isinstance(params, PoolingParams):

@@ -6,7 +6,8 @@ The engine knows nothing else of CPU or GPU. All arrays are NumPy, C-contiguous,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,7 @@ class StepBatch(Protocol):
     seq_lens: Int32Array  # (S,) context length with this step's tokens
     block_tables: Int32Array  # (S, max_blocks) unused entries 0
     copy_blocks: Int32Array  # (C, 2) source, target; done before anything else
-    adapter: Int32Array  # (S,) -1 = none
+    adapter: Int32Array  # (S,) index of a loaded adapter, see AdapterHost; -1 = none
 
     # What to yield.
     row_seq: Int32Array  # (R,) in 0..S-1, ascending
@@ -121,6 +122,52 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give the memory back. Called once or more; nothing else is called after it."""
+        ...
+
+
+class PreparedAdapter(Protocol):
+    """A LoRA adapter in the form in which the executor that read it takes it."""
+
+    @property
+    def path(self) -> Path:
+        """The directory that it was read from."""
+        ...
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that stand for its contents."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """The largest of its ranks."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        ...
+
+
+@runtime_checkable
+class AdapterHost(Protocol):
+    """What an executor has besides if sequences may have adapters (`StepBatch.adapter`)."""
+
+    def read_adapter(self, path: Path) -> PreparedAdapter:
+        """Read and convert an adapter. From any thread, while steps run.
+
+        Raises:
+            RequestError, ModelFileError, UnsupportedModelError, CapacityError: it cannot be used.
+        """
+        ...
+
+    def load_adapter(self, index: int, adapter: Any) -> None:
+        """Between two steps: sequences of this index, from 0, use the adapter, a `PreparedAdapter` of this
+        executor. Takes no time."""
+        ...
+
+    def unload_adapter(self, index: int) -> None:
+        """Between two steps: forget it. No later step names the index until it is loaded again."""
         ...
 
 

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +21,9 @@ from fastllm import _core
 from fastllm.errors import CapacityError, RequestError, UnsupportedModelError
 from fastllm.executor.base import StepBatch, StepResult
 from fastllm.executor.memory import available_memory, format_bytes
+from fastllm.models.adapters import WEIGHTS_NAME, read_adapter
 from fastllm.models.loader import SlotTensor, iter_tensors, to_float32
+from fastllm.models.registry import hf_names
 from fastllm.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -36,8 +40,28 @@ _DEFAULT_MEMORY_SHARE = 0.5
 _QUANTIZATION_GROUP = 32
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class CpuAdapter:
+    """Implements `fastllm.executor.base.PreparedAdapter`."""
+
+    path: Path
+    digest: bytes
+    matrices: _core.Adapter
+
+    @property
+    def rank(self) -> int:
+        """The largest of its ranks."""
+        return self.matrices.rank
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that its matrices take."""
+        return self.matrices.nbytes
+
+
 class CpuExecutor:
-    """Runs one model on the CPU. Implements `fastllm.executor.base.Executor`, `PhaseTimer` and `Sleeper`.
+    """Runs one model on the CPU. Implements `Executor`, `AdapterHost`, `PhaseTimer` and `Sleeper` of
+    `fastllm.executor.base`.
 
     Args:
         checkpoint: what the weights are read from; it may be closed afterwards.
@@ -90,6 +114,8 @@ class CpuExecutor:
             if error.field.startswith("spec: "):
                 raise UnsupportedModelError(f"{spec.source}: {error}") from error
             raise
+        self._spec = spec
+        self._checkpoint_kind = checkpoint.kind
         self._block_size = block_size
         self._results: dict[int, StepResult] = {}
         self._tickets = 0
@@ -203,6 +229,42 @@ class CpuExecutor:
             hidden=out["hidden"],
         )
         return result, out["logits"]
+
+    def read_adapter(self, path: Path) -> CpuAdapter:
+        """Reads and packs a LoRA adapter; from any thread, also while a step runs.
+
+        Raises:
+            CapacityError: the free memory does not suffice.
+            RequestError, ModelFileError, UnsupportedModelError: as `fastllm.models.adapters.read_adapter`.
+        """
+        weights = path / WEIGHTS_NAME
+        if weights.is_file():
+            # 16 bits become 32, and what was read is packed into memory of its own.
+            asked, free = 4 * weights.stat().st_size, available_memory()
+            if asked > free:
+                raise CapacityError(
+                    f"{weights}: reading it, 4 bytes for each of its own",
+                    asked=asked, had=free, would_fit=free, unit="bytes",
+                )  # fmt: skip
+        read = read_adapter(path, self._spec, hf_names(self._checkpoint_kind, self._spec))
+        matrices = _core.Adapter()
+        for part in read.parts:
+            matrices.set(
+                part.slot, part.layer, part.a, _core.PackedMatrix.from_float(part.b, "f32"), part.scale
+            )
+        return CpuAdapter(read.path, read.digest, matrices)
+
+    def load_adapter(self, index: int, adapter: CpuAdapter) -> None:
+        """Between two steps: sequences of this index (0 to 255) use the adapter.
+
+        Raises:
+            RequestError: it does not fit the decoder.
+        """
+        self._decoder.load_adapter(index, adapter.matrices)
+
+    def unload_adapter(self, index: int) -> None:
+        """Between two steps: forgets the adapter of an index, if it has one."""
+        self._decoder.unload_adapter(index)
 
     def profile(self, on: bool) -> None:
         """Starts, from zero, or ends the measurement of `phase_seconds`."""

@@ -21,6 +21,7 @@ from fastllm import (
     EmbeddingOutput,
     FastLLMError,
     Logprob,
+    LoRARequest,
     PoolingParams,
     RequestOutput,
     SamplingParams,
@@ -64,6 +65,14 @@ def sleeping(llm: LLM) -> None:
     llm.wake_up()
 
 
+def adapting(llm: LLM, lora: LoRARequest) -> None:
+    assert_type(lora.lora_name, str)
+    assert_type(llm.add_lora(lora), bool)
+    assert_type(llm.generate(["one", "two"], lora_request=[lora, None]), list[RequestOutput])
+    assert_type(llm.remove_lora("name"), bool)
+    assert_type(llm.list_loras(), list[LoRARequest])
+
+
 def profiling(llm: LLM) -> None:
     with llm.profile() as profile:
         assert_type(profile, Profile)
@@ -80,6 +89,7 @@ async def serving(llm: AsyncLLM, params: SamplingParams) -> None:
     await llm.pause_generation(wait_for_inflight_requests=True)
     assert_type(await llm.is_paused(), bool)
     assert_type(await llm.start_profile(), Profile)
+    assert_type(await llm.add_lora(LoRARequest("name", "directory")), bool)
 
 
 def reading(output: RequestOutput) -> None:
@@ -128,6 +138,7 @@ def engine(engine: Engine, scheduler: Scheduler, sequence: RunningSequence) -> N
 
 def wrong(llm: LLM, x: Floats, prompts: Sequence[Any]) -> None:
     llm.generate(7)  # type: ignore[arg-type]
+    llm.generate("text", lora_request="name")  # type: ignore[arg-type]
     llm.generate(prompts, temperature=0)  # type: ignore[call-arg]
     SamplingParams(temprature=0.5)  # type: ignore[call-arg]
     ops.matmul(x, x)  # type: ignore[arg-type]
