@@ -63,6 +63,14 @@ class LLM:
         block_size: tokens per block of the KV cache: 16, 32 or 64.
         enable_prefix_caching: compute what several requests begin with only once: full blocks of the KV cache
             stay until their place is needed, and are found by their tokens. No answer depends on it.
+        speculative_config: {"method": "ngram"} guesses at tokens that stood in the sequence before, computes
+            them along with the newest one and keeps those that are sampled anyway: no answer depends on it,
+            but edits, summaries and code come up to several times as fast. Where guesses do not pay, as in
+            large batches, none are made. Also "num_speculative_tokens" (most in a step, 10) and
+            "prompt_lookup_min" (tokens that must have stood there before, 2). None: off.
+        target_itl_ms: milliseconds that there should be at most between two tokens of a running request:
+            prompts are computed in chunks that leave steps so short, and requests wait where decoding alone
+            would take three quarters of it. None: steps are as large as max_num_batched_tokens allows.
         kv_cache_memory_bytes: size of the KV cache in bytes.
         kv_cache_tokens: the same in tokens, rounded up to whole blocks.
         kv_cache_memory_share: the same as a share, in (0, 1], of the memory that is free once the weights are
@@ -95,6 +103,8 @@ class LLM:
         max_num_batched_tokens: int = 512,
         block_size: int = 16,
         enable_prefix_caching: bool = True,
+        speculative_config: Mapping[str, Any] | None = None,
+        target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_tokens: int | None = None,
         kv_cache_memory_share: float | None = None,
@@ -114,6 +124,8 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
+            speculative_config=speculative_config,
+            target_itl_ms=target_itl_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_tokens=kv_cache_tokens,
             kv_cache_memory_share=kv_cache_memory_share,

@@ -8,7 +8,7 @@ import logging
 import numbers
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,8 @@ class ModelOptions:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     enable_prefix_caching: bool = True
+    speculative_config: Mapping[str, Any] | None = None
+    target_itl_ms: float | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_tokens: int | None = None
     kv_cache_memory_share: float | None = None
@@ -71,6 +73,11 @@ class ModelOptions:
         _choice("block_size", self.block_size, BLOCK_SIZES)
         if not isinstance(self.enable_prefix_caching, bool):
             raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
+        _check_speculation(self.speculative_config)
+        target = self.target_itl_ms
+        real = isinstance(target, (int, float)) and not isinstance(target, bool)
+        if target is not None and not (real and 0 < target <= 1e6):
+            raise RequestError("target_itl_ms", target, "milliseconds in (0, 1e6]")
         _count("max_num_seqs", self.max_num_seqs, 1, 65536)
         _count("max_num_batched_tokens", self.max_num_batched_tokens, 1, _INT32_MAX)
         _count("seed", self.seed, -(2**63), 2**64 - 1)
@@ -282,6 +289,7 @@ def _engine(
 ) -> Engine:
     from fastllm.engine.engine import Engine, EngineConfig
 
+    speculation = options.speculative_config or {}
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=options.max_num_seqs,
@@ -290,6 +298,9 @@ def _engine(
         vocab_size=spec.vocab_size,
         seed=options.seed,
         enable_prefix_caching=options.enable_prefix_caching,
+        target_itl_ms=options.target_itl_ms,
+        num_speculative_tokens=speculation.get("num_speculative_tokens", 10) if speculation else 0,
+        prompt_lookup_min=speculation.get("prompt_lookup_min", 2),
         cache_identity=identity,
     )
     return Engine(executor, tokenizer, config, hooks)
@@ -299,6 +310,24 @@ def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
     if not plain or value not in allowed:
         raise RequestError(name, value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+
+def _check_speculation(config: object) -> None:
+    """What `LLM` says of speculative_config; an unknown entry is refused."""
+    if config is None:
+        return
+    if not isinstance(config, Mapping):
+        raise RequestError("speculative_config", config, 'a mapping such as {"method": "ngram"}')
+    ranges = {"num_speculative_tokens": 64, "prompt_lookup_min": 8}
+    for key, value in config.items():
+        if key == "method":
+            _choice("speculative_config: method", value, ("ngram",))
+        elif key in ranges:
+            _count(f"speculative_config: {key}", value, 1, ranges[key])
+        else:
+            raise RequestError("speculative_config", key, "method, " + ", ".join(ranges))
+    if "method" not in config:
+        raise RequestError("speculative_config", config, 'an entry "method"')
 
 
 def _count(name: str, value: Any, least: int, most: int) -> None:

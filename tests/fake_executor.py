@@ -302,7 +302,9 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
         s, t = batch.row_seq[r], batch.row_token[r]
         assert batch.query_start[s] <= t < batch.query_start[s + 1]
         if batch.row_kind[r] == ROW_SAMPLE:
-            assert t == batch.query_start[s + 1] - 1
+            following = batch.row_token[r + 1] if r + 1 < rows and batch.row_seq[r + 1] == s else t
+            assert following - t in (0, 1)  # those of a draft are one behind the other, up to the end
+            assert following > t or t == batch.query_start[s + 1] - 1
             assert batch.row_target[r] == -1
         elif batch.row_kind[r] == ROW_POOL:
             assert batch.row_target[r] == batch.num_logprobs[r] == -1

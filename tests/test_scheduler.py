@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from fastllm.engine.drafter import NgramDrafter
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
 from fastllm.errors import CapacityError, RequestError
@@ -30,7 +31,7 @@ def make(
     seqs: int = 8,
     budget: int = 16,
     length: int = 200,
-    **more: float,
+    **more: Any,
 ) -> Scheduler:
     return Scheduler(
         num_blocks=num_blocks,
@@ -733,9 +734,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         budget=st.integers(1, 12),
         length=st.integers(8, 40),
+        guesses=st.sampled_from([0, 1, 4]),
     )
-    def start(self, blocks: int, size: int, seqs: int, budget: int, length: int) -> None:
-        self.scheduler = make(num_blocks=blocks, block_size=size, seqs=seqs, budget=budget, length=length)
+    def start(self, blocks: int, size: int, seqs: int, budget: int, length: int, guesses: int) -> None:
+        drafter = NgramDrafter(guesses, 1) if guesses else None
+        self.scheduler = make(
+            num_blocks=blocks, block_size=size, seqs=seqs, budget=budget, length=length, drafter=drafter
+        )
         self.scheduler.pool.events = []
         self.executor = executor_of(self.scheduler)
         self.live: list[Live] = []
@@ -838,6 +843,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         one.stopped_at = one.item.num_output
         self._take(result)
         assert (one.item.state, one.item.finish_reason) == ("finished", "error")
+
+    @rule(seconds=st.sampled_from([0.0, 1e-4, 1e-3, 1.0]))
+    def observe(self, seconds: float) -> None:
+        self.scheduler.observe(seconds)
 
     @precondition(lambda self: self.scheduler.in_flight is not None)
     @rule(computed=st.booleans())

@@ -27,6 +27,7 @@ cdef class BlockPool:
     cdef int allocate_into(self, vector[int32_t]& table, Py_ssize_t count) except -1
     cdef int free_table(self, vector[int32_t]& table) except -1
     cdef int fork_table(self, const vector[int32_t]& source, vector[int32_t]& target) except -1
+    cdef int truncate_table(self, vector[int32_t]& table, Py_ssize_t count) except -1
     cdef int32_t take_private(self, int32_t shared) except -1
     cdef int give_back_private(self, int32_t private, int32_t shared) except -1
 

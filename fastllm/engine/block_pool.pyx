@@ -157,6 +157,13 @@ cdef class BlockPool:
         table.clear()
         return 0
 
+    cdef int truncate_table(self, vector[int32_t]& table, Py_ssize_t count) except -1:
+        """Give up the entries of table past the first `count`, which are held."""
+        while <Py_ssize_t> table.size() > count:
+            self._release(table.back())
+            table.pop_back()
+        return 0
+
     cdef int _release(self, int32_t block) except -1:
         """One reference less of a block that is held."""
         self.references[block] -= 1

@@ -25,6 +25,7 @@ from fastllm.engine.completion import (
     incremental_detokenizer,
     row_logprobs,
 )
+from fastllm.engine.drafter import NgramDrafter
 from fastllm.engine.hooks import EngineHook, HookTable, emit
 from fastllm.engine.interrupt import InterruptGuard
 from fastllm.engine.pooling import PooledPrompt, PoolingRequest
@@ -67,6 +68,11 @@ class EngineConfig:
         cache_identity: what stands for model and kind of KV cache in the hashes of shared blocks: engines
             with the same one name the same contents alike.
         priority_interval: seconds of waiting that make up for one level of priority.
+        target_itl_ms: milliseconds between two tokens of a sequence that steps are cut to; None: no such
+            target. It decides how much of prompts goes into a step beside running decodes, and how many
+            sequences run.
+        num_speculative_tokens: most tokens of a sequence that a step guesses (`NgramDrafter`); 0: none.
+        prompt_lookup_min: tokens that must have stood somewhere before for a guess at what follows.
     """
 
     max_model_len: int
@@ -78,6 +84,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     cache_identity: str = ""
     priority_interval: float = 10.0
+    target_itl_ms: float | None = None
+    num_speculative_tokens: int = 0
+    prompt_lookup_min: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +152,12 @@ class Engine:
             max_model_len=config.max_model_len,
             vocab_size=tokenizer.vocab_size if config.vocab_size is None else config.vocab_size,
             priority_interval=config.priority_interval,
+            target_itl=0.0 if config.target_itl_ms is None else config.target_itl_ms * 1e-3,
+            drafter=(
+                NgramDrafter(config.num_speculative_tokens, config.prompt_lookup_min)
+                if config.num_speculative_tokens
+                else None
+            ),
         )
         self._root = prefix_root("fastllm", config.cache_identity, executor.block_size)
         self._executor = executor
@@ -362,7 +377,9 @@ class Engine:
                 self._note_scheduled(started)
             if batch is None:
                 return
+            called = self._clock()
             result = self._executor.collect(self._executor.submit(batch))
+            scheduler.observe(self._clock() - called)
             moved = scheduler.update(result)
         except Exception as error:
             raise self._die(error) from error

@@ -14,6 +14,9 @@ cdef enum SequenceState:  # drawn in scheduler.pyx
     SEQUENCE_ABORTED = 5
     SEQUENCE_FOLLOWING = 6
 
+cdef enum:
+    MATCH_KINDS = 3
+
 cdef enum FinishReason:
     FINISH_NONE = 0
     FINISH_STOP = 1
@@ -80,6 +83,12 @@ cdef class Sequence:
     cdef vector[int32_t] bias_ids
     cdef vector[float] bias_values
 
+    # Speculation.
+    cdef vector[int32_t] draft  # tokens computed in the step in flight besides those that are known
+    cdef int32_t guess  # the first of what might come next, drafted or not; -1 = none
+    cdef int match_kind  # what it comes from
+    cdef float acceptance[MATCH_KINDS]  # how often such guesses were right of late, 0..1
+
     # What the last update brought; valid until the next schedule.
     cdef readonly Py_ssize_t first_row  # of the rows of the step's result
     cdef readonly Py_ssize_t num_prompt_rows  # logprobs or hidden states of the prompt, the first of its rows
@@ -91,6 +100,6 @@ cdef class Sequence:
         return self.num_prompt_logprobs >= 0 or self.pooling == POOL_MEAN
     cdef int _sample_with(self, params, eos_token_ids, bint report_prompt) except -1
     cdef int extend_hashes(self, Py_ssize_t count, Py_ssize_t block_size) except -1
-    cdef inline bint may_stop(self) noexcept:
-        """Whether the next token may be one that ends the sequence."""
-        return <Py_ssize_t> self.tokens.size() - self.num_prompt >= self.min_tokens
+    cdef inline bint may_stop(self, Py_ssize_t drafted) noexcept:
+        """Whether the token after so many drafted ones may be one that ends the sequence."""
+        return <Py_ssize_t> self.tokens.size() + drafted - self.num_prompt >= self.min_tokens

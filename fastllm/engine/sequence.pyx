@@ -19,6 +19,7 @@ import numpy as np
 from fastllm.errors import RequestError
 from fastllm.pooling_params import PoolingParams
 
+cdef float[MATCH_KINDS] FIRST_ACCEPTANCE = [0.3, 0.5, 0.8]
 cdef tuple STATE_NAMES = ("new", "waiting", "running", "preempted", "finished", "aborted", "following")
 cdef tuple FINISH_REASONS = (None, "stop", "length", "abort", "error")
 
@@ -52,6 +53,8 @@ cdef class Sequence:
         self.owner = owner
         self.arrival = -1
         self.priority = priority
+        self.guess = -1
+        self.acceptance = FIRST_ACCEPTANCE
         self.root = root
         self.hashes = []
         self.followers = []
