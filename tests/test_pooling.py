@@ -139,11 +139,18 @@ request_strategy = st.tuples(
     st.integers(1, 20),
     st.integers(1, 6),
     st.integers(4, 20),
+    st.sampled_from([0, 3]),
 )
 def test_mixes_of_pooling_and_generating_requests_change_no_answer(
-    requests: list[tuple[list[int], Any, int]], budget: int, seqs: int, blocks: int
+    requests: list[tuple[list[int], Any, int]], budget: int, seqs: int, blocks: int, guesses: int
 ) -> None:
-    engine = make(FakeExecutor(num_blocks=blocks), max_num_batched_tokens=budget, max_num_seqs=seqs)
+    engine = make(
+        FakeExecutor(num_blocks=blocks),
+        max_num_batched_tokens=budget,
+        max_num_seqs=seqs,
+        num_speculative_tokens=guesses,
+        prompt_lookup_min=1,
+    )
     outputs = {}
     for i, (prompt, params, delay) in enumerate(requests):
         engine.add_request(str(i), prompt, params)

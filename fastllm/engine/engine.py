@@ -648,8 +648,8 @@ class Engine:
         """Take the memory again that `sleep` gave back; without it, do nothing.
 
         Raises:
-            RequestError, ModelFileError: the weights cannot be read again: the files are gone, damaged, or
-                not the same model's any more. The engine sleeps on, as after any other error.
+            RequestError, ModelFileError: the weights cannot be read again: the files are gone, damaged, or of
+                another model. The engine sleeps on, as after any other error.
             MemoryError: there is no room.
             EngineDeadError: the engine is dead.
         """

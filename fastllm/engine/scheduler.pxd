@@ -22,12 +22,12 @@ cdef class Scheduler:
 
     cdef readonly double priority_interval  # seconds that make up for one level of priority
     cdef readonly Py_ssize_t num_prefix_queries, num_prefix_hits  # prompt tokens
+    cdef readonly Py_ssize_t num_preemptions
     cdef readonly NgramDrafter drafter
     cdef readonly double target_itl  # seconds; 0 = none
     cdef Py_ssize_t _steps_without_prompts
     cdef readonly StepCost cost
     cdef readonly Py_ssize_t num_drafts, num_draft_tokens, num_accepted_tokens
-    cdef readonly Py_ssize_t num_preemptions
 
     cdef list _running  # by deadline
     cdef list _waiting  # by deadline

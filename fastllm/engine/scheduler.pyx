@@ -440,7 +440,7 @@ cdef class Scheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     return budget
-            if spare > 0 and sequence.pooling == POOL_NONE and not sequence.followers:
+            if spare > 0 and not sequence.followers and sequence.pooling == POOL_NONE:
                 spare -= self._draft(sequence, spare, price)
             budget -= self._append(batch, sequence, 1 + <Py_ssize_t> sequence.draft.size())
         return budget
@@ -650,13 +650,14 @@ cdef class Scheduler:
                 continue
             sequence.prompt_rows_done += sequence.num_prompt_rows
             leads = sequence.num_new > 0 and len(sequence.followers) > 0
-            reason = self._take_tokens(sequence, tokens)
+            if sequence.pooling != POOL_NONE:
+                reason = self._take_hidden(sequence, tokens)
+            else:
+                reason = self._take_tokens(sequence, tokens)
             if sequence.draft.empty():
                 sequence.num_computed += sequence.num_scheduled
             else:  # what came after a wrong guess is computed again
                 sequence.num_computed = <Py_ssize_t> sequence.tokens.size() - 1
-            if sequence.pooling != POOL_NONE:
-                reason = self._take_hidden(sequence, tokens)
             if sequence.root is not None:
                 self._remember(sequence)
             followers = self._release_followers(sequence) if leads else ()
@@ -764,13 +765,16 @@ cdef class Scheduler:
         for row in range(sequence.first_row, sequence.first_row + sequence.num_prompt_rows):
             if tokens[row] < 0:
                 return FINISH_ERROR
-        return FINISH_STOP if sequence.num_computed == sequence.num_prompt else FINISH_NONE
+        if sequence.num_computed + sequence.num_scheduled == sequence.num_prompt:
+            return FINISH_STOP
+        return FINISH_NONE
 
     cpdef int observe(self, double seconds) except -1:
         """Say what the step in flight took to compute, before its update."""
         if self.in_flight is not None:
             self.cost.observe(
-                self.in_flight.num_tokens, self.in_flight.num_rows, self.in_flight.context, seconds
+                self.in_flight.num_tokens, self.in_flight.num_rows - self.in_flight.num_hidden,
+                self.in_flight.context, seconds,
             )
         return 0
 
