@@ -26,7 +26,16 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from fastllm.llm import LLM
-    from fastllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from fastllm.lora import LoRARequest
+    from fastllm.outputs import (
+        CompletionOutput,
+        EmbeddingOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        ScoringOutput,
+    )
+    from fastllm.pooling_params import PoolingParams
     from fastllm.sampling_params import RequestOutputKind, SamplingParams
     from fastllm.structured_outputs import StructuredOutputsParams
 
@@ -37,17 +46,21 @@ __all__ = [
     "AsyncLLM",
     "CapacityError",
     "CompletionOutput",
+    "EmbeddingOutput",
     "EngineDeadError",
     "EngineHook",
     "FastLLMError",
+    "LoRARequest",
     "Logprob",
     "ModelFileError",
     "ModelSourceError",
+    "PoolingParams",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
     "StructuredOutputsParams",
     "UnsupportedModelError",
     "__version__",
@@ -59,7 +72,19 @@ _HOMES = {
     "LLM": "fastllm.llm",
     "AsyncLLM": "fastllm.async_llm",
     "EngineHook": "fastllm.engine.hooks",
-    **dict.fromkeys(("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"), "fastllm.outputs"),
+    "LoRARequest": "fastllm.lora",
+    **dict.fromkeys(
+        (
+            "CompletionOutput",
+            "EmbeddingOutput",
+            "Logprob",
+            "RequestMetrics",
+            "RequestOutput",
+            "ScoringOutput",
+        ),
+        "fastllm.outputs",
+    ),
+    "PoolingParams": "fastllm.pooling_params",
     "StructuredOutputsParams": "fastllm.structured_outputs",
     **dict.fromkeys(("RequestOutputKind", "SamplingParams"), "fastllm.sampling_params"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fastllm.errors"),

@@ -13,18 +13,30 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fastllm.engine_thread import CLOSED, Admission, EngineThread, Mailbox
+from fastllm.engine_thread import CLOSED, Admission, EngineThread, Mailbox, Output, aborted_output
 from fastllm.errors import EngineDeadError, RequestError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
-from fastllm.outputs import CompletionOutput, RequestOutput
-from fastllm.prompts import Message, PromptType, parse_params, parse_prompt, render_chat, tokenize
+from fastllm.lora import AdapterLoader, LoRARequest, parse_loras
+from fastllm.outputs import EmbeddingOutput, RequestOutput
+from fastllm.pooling_params import PoolingParams
+from fastllm.prompts import (
+    Message,
+    Prompt,
+    PromptType,
+    parse_params,
+    parse_pooling_params,
+    parse_prompt,
+    render_chat,
+    tokenize,
+)
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from fastllm.engine.constraints import Constraint
     from fastllm.engine.engine import Engine
     from fastllm.engine.hooks import EngineHook
+    from fastllm.engine.profile import Profile
     from fastllm.formats.tokenizer import Tokenizer
 
 # Text up to this length is tokenized where it stands; that takes less than a millisecond.
@@ -53,9 +65,13 @@ class AsyncLLM:
         max_num_batched_tokens: int = 512,
         block_size: int = 16,
         enable_prefix_caching: bool = True,
+        speculative_config: Mapping[str, Any] | None = None,
+        target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_tokens: int | None = None,
+        kv_cache_memory_share: float | None = None,
         threads: int | None = None,
+        max_loras: int = 8,
         seed: int = 0,
         device: str = "cpu",
         hooks: Sequence[EngineHook] = (),
@@ -71,9 +87,13 @@ class AsyncLLM:
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
+            speculative_config=speculative_config,
+            target_itl_ms=target_itl_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_tokens=kv_cache_tokens,
+            kv_cache_memory_share=kv_cache_memory_share,
             threads=threads,
+            max_loras=max_loras,
             seed=seed,
             device=device,
             progress=progress,
@@ -97,7 +117,10 @@ class AsyncLLM:
         self._preparing: dict[str, _Preparation] = {}
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="fastllm-tokenize")
         self._constraints = engine.constraints
+        # Of its own: texts do not wait for files. The thread starts with the first adapter.
+        self._loaders = ThreadPoolExecutor(1, thread_name_prefix="fastllm-adapter")
         self._thread = EngineThread(engine)
+        self._adapters = AdapterLoader(self._thread)
 
     # ---- generating --------------------------------------------------------------------------------------
 
@@ -107,6 +130,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Continue a prompt; outputs come as the engine's steps do.
@@ -119,6 +143,8 @@ class AsyncLLM:
             prompt: text, {"prompt": text} or {"prompt_token_ids": [ids]}.
             sampling_params: None: `SamplingParams()`.
             request_id: a name that no unfinished request has; None: one is made up.
+            lora_request: the adapter to answer with. One that has a path and is not loaded yet is loaded
+                first, off the event loop.
             priority: lower is served first, and may interrupt what is higher; equal ones go by arrival.
 
         Raises:
@@ -126,13 +152,38 @@ class AsyncLLM:
 
         Raises (in the iteration):
             RequestError, CapacityError: the request cannot be served; nothing was begun.
+            ModelFileError, UnsupportedModelError: the adapter cannot be loaded; see `add_lora`.
             EngineDeadError: the AsyncLLM is closed, or its engine has failed.
         """
         parsed = parse_prompt(prompt)
         (params,) = parse_params(sampling_params, 1)
+        (lora,) = parse_loras(lora_request, 1)
+        return self._generate(self._tokenizing(parsed, lora), params, request_id, priority, parsed.cache_salt)
+
+    def encode(
+        self,
+        prompt: PromptType,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[EmbeddingOutput, None]:
+        """Embed a prompt; there is one output.
+
+        Args:
+            pooling_params: None: `PoolingParams()`.
+            prompt, request_id, priority: as for `generate`.
+
+        Raises:
+            As `generate`.
+        """
+        parsed = parse_prompt(prompt)
+        params = parse_pooling_params(pooling_params)
+        return self._generate(self._tokenizing(parsed, None), params, request_id, priority, parsed.cache_salt)
+
+    def _tokenizing(self, parsed: Prompt, lora: LoRARequest | None) -> _Preparation:
         inline = parsed.text is None or parsed.token_ids is not None or len(parsed.text) <= _INLINE_CHARACTERS
-        work = _Preparation(parsed.text, lambda: tokenize(self._tokenizer, parsed), inline=inline)
-        return self._generate(work, params, request_id, priority, parsed.cache_salt)
+        return _Preparation(parsed.text, lambda: tokenize(self._tokenizer, parsed), lora, inline=inline)
 
     def chat(
         self,
@@ -140,6 +191,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
@@ -152,7 +204,7 @@ class AsyncLLM:
         Args:
             messages: [{"role": "user", "content": "..."}, ...].
             add_generation_prompt, chat_template, chat_template_kwargs, tools: as for `LLM.chat`.
-            sampling_params, request_id, priority: as for `generate`.
+            sampling_params, request_id, lora_request, priority: as for `generate`.
             cache_salt: cached blocks are shared only with requests of the same one.
 
         Raises:
@@ -170,30 +222,33 @@ class AsyncLLM:
                 tools=tools,
             )
 
-        work = _Preparation(None, render, inline=False)
+        (lora,) = parse_loras(lora_request, 1)
+        work = _Preparation(None, render, lora, inline=False)
         return self._generate(work, params, request_id, priority, cache_salt)
 
     async def _generate(
         self,
         work: _Preparation,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         request_id: str | None,
         priority: int,
         cache_salt: str | None,
-    ) -> AsyncGenerator[RequestOutput, None]:
+    ) -> AsyncGenerator[Any, None]:
+        """The outputs are of the kind that the parameters are for."""
         if request_id is None:
             request_id = f"fastllm-{next(self._numbers)}"
         self._thread.check_health()
         ids, constraint = await self._prepare(work, request_id, params)
         if work.aborted:
-            yield _aborted(request_id, work.text, ids, params)
+            yield aborted_output(request_id, work.text, ids, params)
             return
         bell = self._bell(asyncio.get_running_loop())
-        mailbox = _AsyncMailbox(request_id, params.output_kind, bell)
+        mailbox: _AsyncMailbox[Any] = _AsyncMailbox(request_id, params.output_kind, bell)
         finished = False
         try:
+            adapter = None if work.lora is None else work.lora.lora_name
             self._thread.post(
-                Admission(mailbox, work.text, ids, params, priority, "", cache_salt, constraint)
+                Admission(mailbox, work.text, ids, params, priority, "", cache_salt, adapter, constraint)
             )
             while not finished:
                 output = await mailbox.next()
@@ -205,23 +260,30 @@ class AsyncLLM:
                 self._thread.discard([mailbox])
 
     async def _prepare(
-        self, work: _Preparation, request_id: str, params: SamplingParams
+        self, work: _Preparation, request_id: str, params: SamplingParams | PoolingParams
     ) -> tuple[Sequence[int], Constraint | None]:
-        """Token ids and constraint, off the event loop where that takes long; `abort` reaches the request all
-        the same."""
-        if work.inline and not params.constrained:
+        """Token ids, the adapter and the constraint, off the event loop where that takes long; `abort`
+        reaches the request all the same."""
+        loading = work.lora is not None and self._adapters.missing(work.lora)
+        constrained = isinstance(params, SamplingParams) and params.constrained
+        if work.inline and not loading and not constrained:
             return work.run(), None
+
+        def load_and_run() -> Sequence[int]:
+            self._adapters.load_all([work.lora])
+            return work.run()
+
         with self._lock:
             if request_id in self._preparing:
                 raise RequestError("request_id", request_id, "a name that no unfinished request has")
             self._preparing[request_id] = work
         try:
             try:
-                future = self._workers.submit(work.run)
+                future = self._loaders.submit(load_and_run) if loading else self._workers.submit(work.run)
             except RuntimeError as error:  # they were shut down a moment ago
                 raise EngineDeadError(CLOSED) from error
             ids = await asyncio.wrap_future(future)
-            if not params.constrained or work.aborted:
+            if not isinstance(params, SamplingParams) or not params.constrained or work.aborted:
                 return ids, None
             return ids, await asyncio.wrap_future(self._constraints.submit(params))
         finally:
@@ -246,6 +308,93 @@ class AsyncLLM:
                 if name in self._preparing:
                     self._preparing[name].aborted = True
         self._thread.abort(ids)
+
+    # ---- pause, sleep, cache, profile --------------------------------------------------------------------
+
+    async def pause_generation(
+        self, *, wait_for_inflight_requests: bool = False, clear_cache: bool = True
+    ) -> None:
+        """Compute nothing until `resume_generation`: requests that come meanwhile wait, in their order.
+
+        Args:
+            wait_for_inflight_requests: let those that there are come to their end first; else they are
+                aborted.
+            clear_cache: forget what the prefix cache holds, as for a change of the model.
+
+        Raises:
+            RequestError: an argument is no bool.
+            EngineDeadError: the AsyncLLM is closed, or its engine has failed.
+        """
+        for name, value in (
+            ("wait_for_inflight_requests", wait_for_inflight_requests),
+            ("clear_cache", clear_cache),
+        ):
+            if not isinstance(value, bool):
+                raise RequestError(name, value, "a bool")
+        paused = self._thread.pause(wait=wait_for_inflight_requests, reset_prefix_cache=clear_cache)
+        await asyncio.wrap_future(paused)
+
+    async def resume_generation(self) -> None:
+        """Go on after `pause_generation`; without it, do nothing."""
+        await asyncio.wrap_future(self._thread.resume())
+
+    async def is_paused(self) -> bool:
+        """Whether `pause_generation` was called and `resume_generation` not yet."""
+        return self._thread.is_paused
+
+    async def sleep(self, level: int = 1, *, mode: str = "refuse") -> None:
+        """`LLM.sleep` without holding up the event loop."""
+        await asyncio.wrap_future(self._thread.sleep(level, mode))
+
+    async def wake_up(self) -> None:
+        """`LLM.wake_up` without holding up the event loop."""
+        await asyncio.wrap_future(self._thread.call(lambda engine: engine.wake_up()))
+
+    async def is_sleeping(self) -> bool:
+        """Whether it sleeps."""
+        return await asyncio.wrap_future(self._thread.call(lambda engine: engine.is_sleeping))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
+        await asyncio.wrap_future(self._thread.call(lambda engine: engine.reset_prefix_cache()))
+
+    async def start_profile(self) -> Profile:
+        """Measure where the time of the steps goes, until `stop_profile`.
+
+        Returns:
+            The profile, which is complete then; see `LLM.profile`.
+
+        Raises:
+            RequestError: another profile is being taken.
+            EngineDeadError: the AsyncLLM is closed, or its engine has failed.
+        """
+        return await asyncio.wrap_future(self._thread.call(lambda engine: engine.start_profile()))
+
+    async def stop_profile(self) -> None:
+        """End the measurement; without one, do nothing."""
+        await asyncio.wrap_future(self._thread.call(lambda engine: engine.stop_profile()))
+
+    # ---- adapters ----------------------------------------------------------------------------------------
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load a LoRA adapter off the event loop; see `LLM.add_lora`."""
+        (lora,) = parse_loras([lora_request], 1)
+        if lora is None:
+            raise RequestError("lora_request", None, "a LoRARequest")
+        try:
+            future = self._loaders.submit(self._adapters.load, lora)
+        except RuntimeError as error:  # closed
+            raise EngineDeadError(CLOSED) from error
+        return await asyncio.wrap_future(future)
+
+    async def remove_lora(self, lora_name: str) -> bool:
+        """Unload an adapter; see `LLM.remove_lora`."""
+        # Shielded: whoever stops waiting does not take the command back.
+        return await asyncio.shield(asyncio.wrap_future(self._adapters.remove(lora_name)))
+
+    async def list_loras(self) -> list[LoRARequest]:
+        """The loaded adapters in the order in which they were loaded."""
+        return self._adapters.loaded()
 
     # ---- state -------------------------------------------------------------------------------------------
 
@@ -286,6 +435,7 @@ class AsyncLLM:
         """
         self._thread.stop()
         self._workers.shutdown(wait=True)
+        self._loaders.shutdown(wait=True)
         self._thread.join()
 
     def shutdown(self) -> None:
@@ -331,16 +481,19 @@ class AsyncLLM:
 class _Preparation:
     """What must be done before a request has token ids."""
 
-    __slots__ = ("aborted", "inline", "run", "text")
+    __slots__ = ("aborted", "inline", "lora", "run", "text")
 
-    def __init__(self, text: str | None, run: Callable[[], Sequence[int]], *, inline: bool) -> None:
+    def __init__(
+        self, text: str | None, run: Callable[[], Sequence[int]], lora: LoRARequest | None, *, inline: bool
+    ) -> None:
         self.text = text
+        self.lora = lora
         self.run = run
         self.inline = inline
         self.aborted = False
 
 
-class _AsyncMailbox(Mailbox):
+class _AsyncMailbox(Mailbox[Output]):
     """A mailbox whose reader awaits."""
 
     __slots__ = ("posted",)
@@ -349,7 +502,7 @@ class _AsyncMailbox(Mailbox):
         super().__init__(request_id, kind, bell)
         self.posted = asyncio.Event()
 
-    async def next(self) -> RequestOutput:
+    async def next(self) -> Output:
         while True:
             self.posted.clear()
             output = self.take()
@@ -368,10 +521,10 @@ class _LoopBell:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._posted: deque[_AsyncMailbox] = deque()
+        self._posted: deque[_AsyncMailbox[Any]] = deque()
         self._scheduled = False
 
-    def post(self, mailbox: Mailbox) -> None:
+    def post(self, mailbox: Mailbox[Any]) -> None:
         assert isinstance(mailbox, _AsyncMailbox)
         self._posted.append(mailbox)
 
@@ -395,12 +548,6 @@ class _LoopBell:
 
 
 _LoopBells = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopBell]
-
-
-def _aborted(request_id: str, text: str | None, ids: Sequence[int], params: SamplingParams) -> RequestOutput:
-    """The output of a request that was aborted before the engine had heard of it."""
-    outputs = [CompletionOutput(index, "", [], finish_reason="abort") for index in range(params.n)]
-    return RequestOutput(request_id, text, list(ids), None, outputs, finished=True)
 
 
 def _settle(future: asyncio.Future[None]) -> None:

@@ -12,11 +12,14 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fastllm.engine_thread import Admission, EngineThread, Mailbox, name_place
+from fastllm.engine.pooling import score_pair
+from fastllm.engine_thread import Admission, EngineThread, Mailbox, Output, name_place
 from fastllm.errors import EngineDeadError, FastLLMError, RequestError
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import ModelOptions, load_model
-from fastllm.outputs import RequestOutput
+from fastllm.lora import AdapterLoader, LoRARequest, parse_loras
+from fastllm.outputs import EmbeddingOutput, RequestOutput, ScoringOutput
+from fastllm.pooling_params import PoolingParams
 from fastllm.prompts import (
     Message,
     Prompt,
@@ -62,11 +65,22 @@ class LLM:
         block_size: tokens per block of the KV cache: 16, 32 or 64.
         enable_prefix_caching: compute what several requests begin with only once: full blocks of the KV cache
             stay until their place is needed, and are found by their tokens. No answer depends on it.
+        speculative_config: {"method": "ngram"} guesses at tokens that stood in the sequence before, computes
+            them along with the newest one and keeps those that are sampled anyway: no answer depends on it,
+            but edits, summaries and code come up to several times as fast. Where guesses do not pay, as in
+            large batches, none are made. Also "num_speculative_tokens" (most in a step, 10) and
+            "prompt_lookup_min" (tokens that must have stood there before, 2). None: off.
+        target_itl_ms: milliseconds that there should be at most between two tokens of a running request:
+            prompts are computed in chunks that leave steps so short, and requests wait where decoding alone
+            would take three quarters of it. None: steps are as large as max_num_batched_tokens allows.
         kv_cache_memory_bytes: size of the KV cache in bytes.
-        kv_cache_tokens: the same in tokens, rounded up to whole blocks. With neither it takes what
-            max_num_seqs sequences of max_model_len need, at most half of the free memory.
+        kv_cache_tokens: the same in tokens, rounded up to whole blocks.
+        kv_cache_memory_share: the same as a share, in (0, 1], of the memory that is free once the weights are
+            loaded. At most one of the three is given; with none of them the cache takes what max_num_seqs
+            sequences of max_model_len need, at most half of the free memory.
         threads: threads that compute; None or 0: all processors that the process may use. The answer does
             not depend on it.
+        max_loras: most LoRA adapters loaded at once, up to 256.
         seed: where the seeds of requests without one come from: the same calls in the same order give the
             same answers.
         device: "cpu".
@@ -92,9 +106,13 @@ class LLM:
         max_num_batched_tokens: int = 512,
         block_size: int = 16,
         enable_prefix_caching: bool = True,
+        speculative_config: Mapping[str, Any] | None = None,
+        target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         kv_cache_tokens: int | None = None,
+        kv_cache_memory_share: float | None = None,
         threads: int | None = None,
+        max_loras: int = 8,
         seed: int = 0,
         device: str = "cpu",
         hooks: Sequence[EngineHook] = (),
@@ -110,9 +128,13 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
+            speculative_config=speculative_config,
+            target_itl_ms=target_itl_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             kv_cache_tokens=kv_cache_tokens,
+            kv_cache_memory_share=kv_cache_memory_share,
             threads=threads,
+            max_loras=max_loras,
             seed=seed,
             device=device,
             progress=progress,
@@ -133,6 +155,7 @@ class LLM:
         self._numbers = itertools.count()
         self._constraints = engine.constraints
         self._thread = EngineThread(engine)
+        self._adapters = AdapterLoader(self._thread)
 
     # ---- generating --------------------------------------------------------------------------------------
 
@@ -141,6 +164,7 @@ class LLM:
         prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: int | Sequence[int] = 0,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
@@ -155,6 +179,8 @@ class LLM:
                 "cache_salt" keeps cached blocks from being shared with prompts of another one.
             sampling_params: one for all, or a list with one for each prompt; None: `SamplingParams()`. Their
                 output_kind does not matter here.
+            lora_request: the adapter to answer with; one for all, or a list with one (or None) for each
+                prompt. One that has a path and is not loaded yet is loaded first.
             priority: lower is served first, and may interrupt what is higher; one for all, or one for each.
             use_tqdm: show a progress bar; None: for several prompts that take more than a second, where
                 stderr is a terminal.
@@ -165,15 +191,18 @@ class LLM:
         Raises:
             RequestError, CapacityError: a prompt or its parameters cannot be served. The error names the
                 prompt, and none of the prompts was begun.
+            ModelFileError, UnsupportedModelError: an adapter cannot be loaded; see `add_lora`.
             EngineDeadError: the LLM is closed, or its engine has failed.
         """
         parsed = parse_prompts(prompts)
         several = not isinstance(prompts, (str, Mapping))
         places = [f"prompts[{index}]" if several else "" for index in range(len(parsed))]
         params = parse_params(sampling_params, len(parsed))
+        loras = parse_loras(lora_request, len(parsed))
         self._thread.check_health()
         ids = [tokenize(self._tokenizer, item, place) for item, place in zip(parsed, places, strict=True)]
-        return self._run(parsed, ids, params, places, parse_priorities(priority, len(parsed)), use_tqdm)
+        priorities = parse_priorities(priority, len(parsed))
+        return self._run(parsed, ids, params, places, priorities, loras, use_tqdm)
 
     def chat(
         self,
@@ -184,6 +213,7 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: int | Sequence[int] = 0,
         cache_salt: str | None = None,
         use_tqdm: bool | None = None,
@@ -199,7 +229,7 @@ class LLM:
             chat_template: jinja2 source, or the name of one of the model's templates, instead of its default.
             chat_template_kwargs: further values for the template; names that it does not read are refused.
             tools: JSON schemas for templates that offer tools to the model.
-            priority: as for `generate`.
+            lora_request, priority: as for `generate`.
             cache_salt: cached blocks are shared only with conversations of the same one.
             use_tqdm: as for `generate`.
 
@@ -212,6 +242,7 @@ class LLM:
         """
         conversations, several = parse_conversations(messages)
         params = parse_params(sampling_params, len(conversations))
+        loras = parse_loras(lora_request, len(conversations))
         self._thread.check_health()
         ids = []
         for index, conversation in enumerate(conversations):
@@ -232,10 +263,15 @@ class LLM:
                 raise
         prompts = [Prompt(None, None, cache_salt)] * len(conversations)
         places = [f"messages[{index}]" if several else "" for index in range(len(conversations))]
-        return self._run(prompts, ids, params, places, parse_priorities(priority, len(prompts)), use_tqdm)
+        priorities = parse_priorities(priority, len(prompts))
+        return self._run(prompts, ids, params, places, priorities, loras, use_tqdm)
 
     def stream(
-        self, prompt: PromptType, sampling_params: SamplingParams | None = None
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> Iterator[RequestOutput]:
         """Continue one prompt, piece by piece.
 
@@ -247,25 +283,37 @@ class LLM:
         """
         parsed = parse_prompt(prompt)
         (params,) = parse_params(sampling_params, 1)
+        (lora,) = parse_loras(lora_request, 1)
         self._thread.check_health()
         ids = tokenize(self._tokenizer, parsed)
-        return self._stream(parsed, ids, replace(params, output_kind=RequestOutputKind.DELTA))
+        return self._stream(parsed, ids, replace(params, output_kind=RequestOutputKind.DELTA), lora)
 
-    def _stream(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams) -> Iterator[RequestOutput]:
+    def _stream(
+        self, prompt: Prompt, ids: Sequence[int], params: SamplingParams, lora: LoRARequest | None
+    ) -> Iterator[RequestOutput]:
+        self._adapters.load_all([lora])
+        adapter = None if lora is None else lora.lora_name
         constraint = self._constraints.prepare(params)
         call = _Call()
-        mailbox = Mailbox(self._next_id(), params.output_kind, call)
+        mailbox: Mailbox[RequestOutput] = Mailbox(self._next_id(), params.output_kind, call)
         finished = False
         try:
             self._thread.admit(
                 [
                     Admission(
-                        mailbox, prompt.text, ids, params, cache_salt=prompt.cache_salt, constraint=constraint
+                        mailbox,
+                        prompt.text,
+                        ids,
+                        params,
+                        cache_salt=prompt.cache_salt,
+                        adapter=adapter,
+                        constraint=constraint,
                     )
                 ]
             ).result()
             while not finished:
-                output = call.next().take()
+                call.next()
+                output = mailbox.take()
                 if output is not None:
                     finished = output.finished
                     yield output
@@ -281,28 +329,50 @@ class LLM:
         params: Sequence[SamplingParams],
         places: Sequence[str],
         priorities: Sequence[int],
+        loras: Sequence[LoRARequest | None],
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
-        """Admit a batch and wait for all of it."""
-        call = _Call()
-        constraints = self._constrain(params, places)
+        """Generate for a batch and wait for all of it."""
+        made = self._constrain(params, places)
+        constraints = [made.get(id(item)) for item in params]
+        self._adapters.load_all(loras)
         final = {id(item): replace(item, output_kind=RequestOutputKind.FINAL_ONLY) for item in params}
+        given = [final[id(item)] for item in params]
+        outputs: list[RequestOutput] = self._wait_for(
+            prompts, ids, given, places, priorities, loras, constraints, use_tqdm
+        )
+        return outputs
+
+    def _wait_for(
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams | PoolingParams],
+        places: Sequence[str],
+        priorities: Sequence[int],
+        loras: Sequence[LoRARequest | None],
+        constraints: Sequence[Constraint | None],
+        use_tqdm: bool | None,
+    ) -> list[Output]:
+        """Admit a batch and wait for all of it. The parameters say of which kind the outputs are."""
+        call = _Call()
         batch = [
             Admission(
                 Mailbox(self._next_id(), RequestOutputKind.FINAL_ONLY, call),
                 prompt.text,
                 tokens,
-                final[id(given)],
+                given,
                 priority,
                 place,
                 prompt.cache_salt,
-                constraints.get(id(given)),
+                None if lora is None else lora.lora_name,
+                constraint,
             )
-            for prompt, tokens, given, priority, place in zip(
-                prompts, ids, params, priorities, places, strict=True
+            for prompt, tokens, given, priority, lora, constraint, place in zip(
+                prompts, ids, params, priorities, loras, constraints, places, strict=True
             )
         ]
-        outputs: dict[str, RequestOutput] = {}
+        outputs: dict[str, Output] = {}
         progress = _Progress(len(batch), use_tqdm)
         try:
             self._thread.admit(batch).result()
@@ -334,8 +404,174 @@ class LLM:
                     raise
         return made
 
+    # ---- embeddings --------------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool | None = None,
+    ) -> list[EmbeddingOutput]:
+        """Embed prompts: a vector for each, from the model's hidden states after its final norm.
+
+        Embeddings share batches with everything else, and have the same bits in every arrangement.
+
+        Args:
+            prompts, priority, use_tqdm: as for `generate`.
+            pooling: "last" takes the state of the prompt's last token, "mean" averages those of all tokens.
+            normalize: make the vectors one long, so that dot products are cosines.
+
+        Returns:
+            One output per prompt, in order; its embedding is float32 (dim,).
+
+        Raises:
+            As `generate`.
+        """
+        params = PoolingParams(pooling=pooling, normalize=normalize)
+        parsed = parse_prompts(prompts)
+        several = not isinstance(prompts, (str, Mapping))
+        places = [f"prompts[{index}]" if several else "" for index in range(len(parsed))]
+        return self._embed(parsed, params, places, parse_priorities(priority, len(parsed)), use_tqdm)
+
+    def _embed(
+        self,
+        parsed: Sequence[Prompt],
+        params: PoolingParams,
+        places: Sequence[str],
+        priorities: Sequence[int],
+        use_tqdm: bool | None,
+    ) -> list[EmbeddingOutput]:
+        self._thread.check_health()
+        ids = [tokenize(self._tokenizer, item, place) for item, place in zip(parsed, places, strict=True)]
+        given = [params] * len(parsed)
+        nothing = [None] * len(parsed)
+        outputs: list[EmbeddingOutput] = self._wait_for(
+            parsed, ids, given, places, priorities, nothing, nothing, use_tqdm
+        )
+        return outputs
+
+    def score(
+        self,
+        query_or_queries: PromptType | Sequence[PromptType],
+        documents: PromptType | Sequence[PromptType],
+        *,
+        pooling: str = "last",
+        priority: int = 0,
+        use_tqdm: bool | None = None,
+    ) -> list[ScoringOutput]:
+        """Say how alike texts are: the cosine of their embeddings.
+
+        Args:
+            query_or_queries, documents: prompts as for `generate`; one query for all documents, or as many
+                queries as documents.
+            pooling: as for `embed`.
+            priority, use_tqdm: as for `generate`.
+
+        Returns:
+            One output per document, in order.
+
+        Raises:
+            RequestError: the numbers of queries and documents do not fit; else as `generate`.
+        """
+        params = PoolingParams(pooling=pooling)
+        parsed: list[Prompt] = []
+        places: list[str] = []
+        counts = []
+        for name, given in (("query_or_queries", query_or_queries), ("documents", documents)):
+            found = parse_prompts(given, name)
+            several = not isinstance(given, (str, Mapping))
+            parsed += found
+            places += [f"{name}[{index}]" if several else name for index in range(len(found))]
+            counts.append(len(found))
+        queries, count = counts
+        if queries != 1 and queries != count:
+            limit = f"one for all or {count}, one for each document"
+            raise RequestError("query_or_queries", f"{queries} of them", limit)
+        outputs = self._embed(parsed, params, places, [priority] * len(parsed), use_tqdm)
+        pairs = zip(outputs[:queries] * (1 if queries == count else count), outputs[queries:], strict=True)
+        return [score_pair(query, document) for query, document in pairs]
+
     def _next_id(self) -> str:
         return str(next(self._numbers))
+
+    # ---- sleep and cache ---------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, *, mode: str = "refuse") -> None:
+        """Give memory back to the system until `wake_up`. Requests are refused meanwhile.
+
+        Args:
+            level: 1 frees the KV cache, whose contents are lost; 2 the weights as well, which `wake_up` reads
+                again from the model's files.
+            mode: what about unfinished requests, of calls in other threads: "refuse" to sleep, "abort" them,
+                or "wait" until they are done.
+
+        Raises:
+            RequestError: another level or mode, or there are unfinished requests.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        self._thread.sleep(level, mode).result()
+
+    def wake_up(self) -> None:
+        """Take the memory again that `sleep` gave back. Answers have the same bits as before.
+
+        Raises:
+            RequestError, ModelFileError: after level 2, the model's files are gone, or are another model's.
+                The LLM sleeps on.
+            MemoryError: there is no room; the same.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        self._thread.call(lambda engine: engine.wake_up()).result()
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether it sleeps. Waits for the step that is under way."""
+        return self._thread.call(lambda engine: engine.is_sleeping).result()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
+        self._thread.call(lambda engine: engine.reset_prefix_cache()).result()
+
+    # ---- adapters ----------------------------------------------------------------------------------------
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load a LoRA adapter, so that requests may name it. Requests under way go on meanwhile.
+
+        Args:
+            lora_request: its name and directory.
+
+        Returns:
+            Whether it was loaded now; False where it was loaded already.
+
+        Raises:
+            RequestError: no path, no such directory, or the name belongs to an adapter from somewhere else.
+            ModelFileError, UnsupportedModelError: the adapter is damaged, does not fit the model, or is of a
+                kind that fastllm does not run.
+            CapacityError: there are max_loras adapters, or the memory does not suffice.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        (lora,) = parse_loras([lora_request], 1)
+        if lora is None:
+            raise RequestError("lora_request", None, "a LoRARequest")
+        return self._adapters.load(lora)
+
+    def remove_lora(self, lora_name: str) -> bool:
+        """Unload an adapter. New requests are refused at once, those that have it are served to their end.
+
+        Returns:
+            Whether there was one of that name.
+
+        Raises:
+            RequestError: no name.
+            EngineDeadError: the LLM is closed, or its engine has failed.
+        """
+        return self._adapters.remove(lora_name).result()
+
+    def list_loras(self) -> list[LoRARequest]:
+        """The loaded adapters in the order in which they were loaded."""
+        return self._adapters.loaded()
 
     # ---- the rest ----------------------------------------------------------------------------------------
 
@@ -398,15 +634,15 @@ class _Call:
     __slots__ = ("_posted",)
 
     def __init__(self) -> None:
-        self._posted: SimpleQueue[Mailbox] = SimpleQueue()
+        self._posted: SimpleQueue[Mailbox[Any]] = SimpleQueue()
 
-    def post(self, mailbox: Mailbox) -> None:
+    def post(self, mailbox: Mailbox[Any]) -> None:
         self._posted.put(mailbox)
 
     def ring(self) -> bool:
         return True  # whoever waits has been woken by post
 
-    def next(self) -> Mailbox:
+    def next(self) -> Mailbox[Any]:
         """Wait for a mailbox; it may have been emptied meanwhile."""
         return self._posted.get()
 
@@ -431,13 +667,14 @@ class _Progress:
             delay = 0.0 if wanted else _BAR_DELAY
             self._bar = bar(total=total, desc="prompts", dynamic_ncols=True, delay=delay)
 
-    def advance(self, output: RequestOutput) -> None:
+    def advance(self, output: RequestOutput | EmbeddingOutput) -> None:
         """One prompt is done."""
         if self._bar is None:
             return
-        self._generated += sum(len(item.token_ids) for item in output.outputs)
+        if isinstance(output, RequestOutput):
+            self._generated += sum(len(item.token_ids) for item in output.outputs)
         elapsed = self._bar.format_dict["elapsed"]
-        if elapsed > 0:
+        if elapsed > 0 and self._generated:
             self._bar.set_postfix_str(f"{self._generated / elapsed:.1f} tokens/s", refresh=False)
         self._bar.update()
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import numbers
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastllm.errors import CapacityError, RequestError, UnsupportedModelError
+from fastllm.errors import CapacityError, ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.source import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
@@ -50,9 +52,13 @@ class ModelOptions:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     enable_prefix_caching: bool = True
+    speculative_config: Mapping[str, Any] | None = None
+    target_itl_ms: float | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_tokens: int | None = None
+    kv_cache_memory_share: float | None = None
     threads: int | None = None
+    max_loras: int = 8
     seed: int = 0
     device: str = "cpu"
     progress: bool = True
@@ -68,8 +74,14 @@ class ModelOptions:
         _choice("block_size", self.block_size, BLOCK_SIZES)
         if not isinstance(self.enable_prefix_caching, bool):
             raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
+        _check_speculation(self.speculative_config)
+        target = self.target_itl_ms
+        real = isinstance(target, (int, float)) and not isinstance(target, bool)
+        if target is not None and not (real and 0 < target <= 1e6):
+            raise RequestError("target_itl_ms", target, "milliseconds in (0, 1e6]")
         _count("max_num_seqs", self.max_num_seqs, 1, 65536)
         _count("max_num_batched_tokens", self.max_num_batched_tokens, 1, _INT32_MAX)
+        _count("max_loras", self.max_loras, 0, 256)
         _count("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_model_len is not None:
             _count("max_model_len", self.max_model_len, 2, _INT32_MAX)
@@ -83,6 +95,13 @@ class ModelOptions:
                 raise RequestError(
                     "kv_cache_tokens", self.kv_cache_tokens, "None beside kv_cache_memory_bytes"
                 )
+        if self.kv_cache_memory_share is not None:
+            _share("kv_cache_memory_share", self.kv_cache_memory_share)
+            for name in ("kv_cache_memory_bytes", "kv_cache_tokens"):
+                if getattr(self, name) is not None:
+                    raise RequestError(
+                        "kv_cache_memory_share", self.kv_cache_memory_share, f"None beside {name}"
+                    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +144,9 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
                 "max_model_len", asked, f"at most the model's context of {spec.context_length} tokens"
             )
         tokenizer = _tokenizer(options, checkpoint)
-        executor = _executor(options, checkpoint, spec)
-        identity = f"{fingerprint(checkpoint, spec)} {options.quantization} {options.kv_cache_dtype}"
+        known = fingerprint(checkpoint, spec)
+        executor = _executor(options, checkpoint, spec, _reopening(path, known))
+        identity = f"{known} {options.quantization} {options.kv_cache_dtype}"
     try:
         max_model_len = _max_model_len(options, spec, executor)
         engine = _engine(options, spec, executor, tokenizer, max_model_len, identity, hooks)
@@ -167,6 +187,22 @@ def fingerprint(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
     return digest.hexdigest()
 
 
+def _reopening(path: Path, known: str) -> Callable[[], AbstractContextManager[Checkpoint]]:
+    """How the checkpoint is opened again; ModelFileError unless its fingerprint still is `known`."""
+
+    @contextlib.contextmanager
+    def reopen() -> Iterator[Checkpoint]:
+        from fastllm.formats.checkpoint import open_checkpoint
+        from fastllm.models.registry import spec_from_checkpoint
+
+        with open_checkpoint(path) as checkpoint:
+            if fingerprint(checkpoint, spec_from_checkpoint(checkpoint)) != known:
+                raise ModelFileError(str(path), "not the model any more that the engine was made from")
+            yield checkpoint
+
+    return reopen
+
+
 def read_tokenizer(reference: str | os.PathLike[str], *, progress: bool = True) -> Tokenizer:
     """The tokenizer of a model reference; a directory needs no more than tokenizer.json."""
     from fastllm.formats.checkpoint import open_checkpoint
@@ -195,7 +231,12 @@ def _tokenizer(options: ModelOptions, checkpoint: Checkpoint) -> Tokenizer:
         raise RequestError("tokenizer", error.value, error.limit) from error
 
 
-def _executor(options: ModelOptions, checkpoint: Checkpoint, spec: DecoderSpec) -> CpuExecutor:
+def _executor(
+    options: ModelOptions,
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    reopen: Callable[[], AbstractContextManager[Checkpoint]],
+) -> CpuExecutor:
     from fastllm import _core
     from fastllm.executor.cpu import CpuExecutor
 
@@ -214,9 +255,11 @@ def _executor(options: ModelOptions, checkpoint: Checkpoint, spec: DecoderSpec) 
         kv_cache_dtype=dtype,
         block_size=options.block_size,
         kv_cache_bytes=kv_cache_bytes,
+        kv_cache_share=options.kv_cache_memory_share,
         max_model_len=options.max_model_len or spec.context_length,
         max_num_seqs=options.max_num_seqs,
         threads=options.threads or 0,
+        reopen=reopen,
     )
 
 
@@ -248,6 +291,7 @@ def _engine(
 ) -> Engine:
     from fastllm.engine.engine import Engine, EngineConfig
 
+    speculation = options.speculative_config or {}
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=options.max_num_seqs,
@@ -256,7 +300,11 @@ def _engine(
         vocab_size=spec.vocab_size,
         seed=options.seed,
         enable_prefix_caching=options.enable_prefix_caching,
+        target_itl_ms=options.target_itl_ms,
+        num_speculative_tokens=speculation.get("num_speculative_tokens", 10) if speculation else 0,
+        prompt_lookup_min=speculation.get("prompt_lookup_min", 2),
         cache_identity=identity,
+        max_loras=options.max_loras,
     )
     return Engine(executor, tokenizer, config, hooks)
 
@@ -265,6 +313,24 @@ def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
     if not plain or value not in allowed:
         raise RequestError(name, value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+
+def _check_speculation(config: object) -> None:
+    """What `LLM` says of speculative_config; an unknown entry is refused."""
+    if config is None:
+        return
+    if not isinstance(config, Mapping):
+        raise RequestError("speculative_config", config, 'a mapping such as {"method": "ngram"}')
+    ranges = {"num_speculative_tokens": 64, "prompt_lookup_min": 8}
+    for key, value in config.items():
+        if key == "method":
+            _choice("speculative_config: method", value, ("ngram",))
+        elif key in ranges:
+            _count(f"speculative_config: {key}", value, 1, ranges[key])
+        else:
+            raise RequestError("speculative_config", key, "method, " + ", ".join(ranges))
+    if "method" not in config:
+        raise RequestError("speculative_config", config, 'an entry "method"')
 
 
 def _count(name: str, value: Any, least: int, most: int) -> None:
@@ -277,3 +343,9 @@ def _count(name: str, value: Any, least: int, most: int) -> None:
         raise RequestError(name, value, limit) from None
     if not least <= number <= most:
         raise RequestError(name, value, limit)
+
+
+def _share(name: str, value: Any) -> None:
+    plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not plain or not 0 < value <= 1:
+        raise RequestError(name, value, "a number in (0, 1]")

@@ -1,8 +1,13 @@
-"""What a request gives back: `RequestOutput` and its parts, with vLLM's names and meanings."""
+"""What a request gives back: `RequestOutput` and its parts, or `EmbeddingOutput`, with vLLM's meanings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,33 @@ class RequestMetrics:
         """Seconds between arrival and the first token."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
+    @property
+    def prefill_time(self) -> float | None:
+        """Seconds between the first step and the first token."""
+        return _between(self.first_scheduled_time, self.first_token_time)
+
+    @property
+    def decode_time(self) -> float | None:
+        """Seconds between the first token and the newest one."""
+        return _between(self.first_token_time, self.last_token_time)
+
+    @property
+    def mean_inter_token_latency(self) -> float | None:
+        """Seconds per token after the first, those of all sequences counted; None before there is one."""
+        seconds = self.decode_time
+        if seconds is None or self.num_generated_tokens < 2:
+            return None
+        return seconds / (self.num_generated_tokens - 1)
+
+    @property
+    def e2e_latency(self) -> float | None:
+        """Seconds between arrival and the end."""
+        return _between(self.arrival_time, self.finished_time)
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
+
 
 @dataclass(slots=True)
 class CompletionOutput:
@@ -121,3 +153,48 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     seed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class EmbeddingOutput:
+    """The embedding of one prompt.
+
+    Attributes:
+        request_id: as given.
+        embedding: float32 (dim,); (0,) where finish_reason is not "stop".
+        prompt_token_ids: the prompt's token ids.
+        num_cached_tokens: prompt tokens that were found in the prefix cache instead of computed.
+        prompt: the prompt's text, if it came as text.
+        finish_reason: "stop"; "abort"; "error" (the model's hidden states were not numbers).
+        metrics: its times and counts; None where the engine keeps none.
+    """
+
+    request_id: str
+    embedding: npt.NDArray[np.float32]
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    prompt: str | None = None
+    finish_reason: str | None = "stop"
+    metrics: RequestMetrics | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Always: there is one output."""
+        return True
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """How alike a query and a document are.
+
+    Attributes:
+        request_id: of the document's embedding.
+        score: the cosine of the two embeddings, in -1..1; NaN where one of them could not be made.
+        prompt_token_ids: those of the query, then those of the document.
+        num_cached_tokens: of both, how many were found in the prefix cache instead of computed.
+    """
+
+    request_id: str
+    score: float
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from fastllm.errors import RequestError
+from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -88,15 +89,15 @@ def parse_prompt(value: object, place: str = "prompt") -> Prompt:
     return Prompt(text, ids, salt)
 
 
-def parse_prompts(value: object) -> list[Prompt]:
+def parse_prompts(value: object, name: str = "prompts") -> list[Prompt]:
     """One prompt or a sequence of them; see `parse_prompt`. An error names the one at fault."""
     if isinstance(value, (str, Mapping)):
-        return [parse_prompt(value, "prompts")]
+        return [parse_prompt(value, name)]
     if isinstance(value, bytes) or not isinstance(value, Sequence):
-        raise RequestError("prompts", value, f"{PROMPT_FORMS}, or a list of those")
+        raise RequestError(name, value, f"{PROMPT_FORMS}, or a list of those")
     if _is_token_ids(value):
-        raise RequestError("prompts", value, '{"prompt_token_ids": [ids]} for token ids')
-    return [parse_prompt(item, f"prompts[{index}]") for index, item in enumerate(value)]
+        raise RequestError(name, value, '{"prompt_token_ids": [ids]} for token ids')
+    return [parse_prompt(item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
 def parse_params(value: object, count: int) -> list[SamplingParams]:
@@ -115,6 +116,15 @@ def parse_params(value: object, count: int) -> list[SamplingParams]:
             "sampling_params", f"{len(value)} of them", f"one for all or {count}, one for each prompt"
         )
     return list(value)
+
+
+def parse_pooling_params(value: object) -> PoolingParams:
+    """Pooling parameters, or None for the defaults."""
+    if value is None:
+        return PoolingParams()
+    if not isinstance(value, PoolingParams):
+        raise RequestError("pooling_params", value, "PoolingParams")
+    return value
 
 
 def parse_priorities(value: object, count: int) -> list[int]:

@@ -3,8 +3,9 @@
 It keeps a store with one value per cache slot, written through `slot_mapping` and read back through
 `block_tables`. The value of a position mixes its token with the values of all positions before it, and a
 sampled token is a hash of the values of the whole context and of the row's sampling arrays. So a wrong slot,
-a wrong block table, a block lost or shared by mistake, a wrong position, seed or list changes the tokens.
-`expected_tokens` computes the same from the plain token list, without pages or batches.
+a wrong block table, a block lost or shared by mistake, a wrong position, seed or list changes the tokens. An
+adapter, here any file, has a part in every value. `expected_tokens` computes the same from the plain token
+list, without pages or batches.
 
 Also here: a tokenizer and a detokenizer over a tiny vocabulary with multi-byte characters cut in two.
 """
@@ -12,13 +13,18 @@ Also here: a tokenizer and a detokenizer over a tiny vocabulary with multi-byte 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastllm.executor.base import ROW_LOGPROB, ROW_SAMPLE, StepBatch, StepResult
+from fastllm.errors import RequestError
+from fastllm.executor.base import ROW_LOGPROB, ROW_POOL, ROW_SAMPLE, StepBatch, StepResult
+from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import SamplingParams
 
 MASK = 2**64 - 1
@@ -40,6 +46,7 @@ PIECES = [
     b"x",
 ]
 EOS = 0
+DIM = 3  # of a hidden state
 
 
 def mix(*parts: int) -> int:
@@ -113,6 +120,29 @@ def top(context: int, count: int, vocab_size: int) -> tuple[list[int], list[floa
     return [(start + k) % vocab_size for k in range(count)], [-k / 8 for k in range(count)]
 
 
+def hidden_state(context: int) -> np.ndarray:
+    """float32 (DIM,), as a function of the context; sums of several depend on their order."""
+    return np.array([mix(context, 5 + i) % 100_003 / 7 - 7000 for i in range(DIM)], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class FakeAdapter:
+    """An adapter is what its file contains."""
+
+    path: Path
+    digest: bytes
+    rank: int = 1
+    nbytes: int = 1000
+
+    def parts(self) -> tuple[int, ...]:
+        """What a value is mixed with besides."""
+        return adapter_parts(self.digest)
+
+
+def adapter_parts(digest: bytes | None) -> tuple[int, ...]:
+    return () if digest is None else (int.from_bytes(digest[:8], "little"),)
+
+
 class FakeExecutor:
     """See the module's docstring.
 
@@ -141,6 +171,9 @@ class FakeExecutor:
         self.num_closed = 0
         self.reported: list[tuple[int, int]] = []
         self.max_tokens_seen = 0
+        self.adapters: dict[int, FakeAdapter] = {}
+        self.adapters_seen: set[int] = set()
+        self.before_read: Callable[[], None] = lambda: None
         self._pick = pick or (lambda row: choose(row, vocab_size))
         self._fail_at = fail_at
         self._batch: StepBatch | None = None
@@ -164,8 +197,22 @@ class FakeExecutor:
     def close(self) -> None:
         self.num_closed += 1
 
+    def read_adapter(self, path: Path) -> FakeAdapter:
+        self.before_read()
+        if not path.is_file():
+            raise RequestError("lora_path", str(path), "a file")
+        return FakeAdapter(path, hashlib.sha256(path.read_bytes()).digest())
+
+    def load_adapter(self, index: int, adapter: FakeAdapter) -> None:
+        assert index not in self.adapters
+        self.adapters[index] = adapter
+
+    def unload_adapter(self, index: int) -> None:
+        del self.adapters[index]
+
     def run(self, batch: StepBatch) -> StepResult:
-        check_shapes(batch, self.block_size, self.num_blocks, self.vocab_size)
+        check_shapes(batch, self.block_size, self.num_blocks, self.vocab_size, self.adapters)
+        self.adapters_seen |= set(batch.adapter.tolist()) - {-1}
         self.num_steps += 1
         for source, target in batch.copy_blocks.tolist():
             for store in (self.values, self.tokens):
@@ -178,6 +225,7 @@ class FakeExecutor:
         for s in range(len(batch.seq_lens)):
             first, stop = int(batch.query_start[s]), int(batch.query_start[s + 1])
             length = int(batch.seq_lens[s])
+            adapter = self.adapters[int(batch.adapter[s])].parts() if batch.adapter[s] >= 0 else ()
             positions = np.arange(length)
             slots = batch.block_tables[s][positions // self.block_size] * self.block_size
             slots = slots + positions % self.block_size
@@ -185,7 +233,7 @@ class FakeExecutor:
                 position = int(batch.positions[t])
                 before = fold(self.values[slots[:position]])
                 slot = batch.slot_mapping[t]
-                self.values[slot] = mix(before, int(batch.token_ids[t]), position)
+                self.values[slot] = mix(before, int(batch.token_ids[t]), position, *adapter)
                 self.tokens[slot] = batch.token_ids[t]
                 contexts[t] = fold(self.values[slots[: position + 1]])
         return self._answer(batch, contexts)
@@ -199,13 +247,18 @@ class FakeExecutor:
             np.zeros(rows, np.int32),
             np.full((rows, width), -1, np.int32),
             np.full((rows, width), np.nan, np.float32),
+            np.zeros((0, DIM), np.float32),
         )
+        states = []
         for r in range(rows):
             t = int(batch.row_token[r])
             context = int(contexts[t])
             if batch.row_kind[r] == ROW_LOGPROB:
                 token = int(batch.row_target[r])
                 self.reported.append((int(batch.row_seq[r]), int(batch.positions[t])))
+            elif batch.row_kind[r] == ROW_POOL:
+                states.append(hidden_state(context))
+                token = 0
             else:
                 token = self._pick(self._row(batch, r, context))
             result.tokens[r] = token
@@ -215,6 +268,8 @@ class FakeExecutor:
                 ids, logprobs = top(context, count, self.vocab_size)
                 result.top_ids[r, :count] = ids
                 result.top_logprobs[r, :count] = logprobs
+        if states:
+            result.hidden = np.array(states)
         return result
 
     def _row(self, batch: StepBatch, r: int, context: int) -> Row:
@@ -244,7 +299,9 @@ class FakeExecutor:
         )
 
 
-def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size: int) -> None:
+def check_shapes(
+    batch: StepBatch, block_size: int, num_blocks: int, vocab_size: int, adapters: Collection[int]
+) -> None:
     """Everything that an executor may rely on."""
     tokens, seqs, rows = len(batch.token_ids), len(batch.seq_lens), len(batch.row_seq)
     lengths = {
@@ -290,7 +347,7 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
     assert not set(batch.copy_blocks[:, 0].tolist()) & set(batch.copy_blocks[:, 1].tolist())
     assert batch.query_start[0] == 0
     assert batch.query_start[-1] == tokens > 0
-    assert (batch.adapter == -1).all()
+    assert set(batch.adapter.tolist()) <= {-1, *adapters}
     assert ((batch.token_ids >= 0) & (batch.token_ids < vocab_size)).all()
     assert len(set(batch.slot_mapping.tolist())) == tokens, "a slot is written twice"
     for s in range(seqs):
@@ -309,8 +366,13 @@ def check_shapes(batch: StepBatch, block_size: int, num_blocks: int, vocab_size:
         s, t = batch.row_seq[r], batch.row_token[r]
         assert batch.query_start[s] <= t < batch.query_start[s + 1]
         if batch.row_kind[r] == ROW_SAMPLE:
-            assert t == batch.query_start[s + 1] - 1
+            following = batch.row_token[r + 1] if r + 1 < rows and batch.row_seq[r + 1] == s else t
+            assert following - t in (0, 1)  # those of a draft are one behind the other, up to the end
+            assert following > t or t == batch.query_start[s + 1] - 1
             assert batch.row_target[r] == -1
+        elif batch.row_kind[r] == ROW_POOL:
+            assert batch.row_target[r] == batch.num_logprobs[r] == -1
+            assert batch.temperature[r] == 0.0
         else:
             assert batch.row_kind[r] == ROW_LOGPROB
             assert 0 <= batch.row_target[r] < vocab_size
@@ -327,15 +389,25 @@ def expected_tokens(
     seed: int = 0,
     eos: Sequence[int] = (EOS,),
     vocab_size: int = len(PIECES),
+    adapter: bytes | None = None,
 ) -> tuple[list[int], str, Any]:
-    """Output tokens, finish_reason and stop_reason that `prompt` gets alone; `limit` tokens in all."""
+    """Output tokens, finish_reason and stop_reason that `prompt` gets alone; `limit` tokens in all.
+
+    adapter: the digest of its adapter, None for none."""
     tokens = list(prompt)
     values: list[int] = []
     ending = set() if params.ignore_eos else set(eos)
     words = [FakeTokenizer().encode(text) for word in params.bad_words or () for text in (word, " " + word)]
     while True:
         for position in range(len(values), len(tokens)):
-            values.append(mix(fold(np.array(values, dtype=np.uint64)), tokens[position], position))
+            values.append(
+                mix(
+                    fold(np.array(values, dtype=np.uint64)),
+                    tokens[position],
+                    position,
+                    *adapter_parts(adapter),
+                )
+            )
         made = len(tokens) - len(prompt)
         penalties = (
             float(np.float32(params.presence_penalty)),
@@ -374,6 +446,31 @@ def expected_tokens(
                 return tokens[len(prompt) :], "stop", token
         if len(tokens) >= limit:
             return tokens[len(prompt) :], "length", None
+
+
+def expected_states(prompt: Sequence[int]) -> list[np.ndarray]:
+    """The hidden state of every token of a prompt."""
+    values: list[int] = []
+    states = []
+    for position, token in enumerate(prompt):
+        values.append(mix(fold(np.array(values, dtype=np.uint64)), token, position))
+        states.append(hidden_state(fold(np.array(values, dtype=np.uint64))))
+    return states
+
+
+def expected_embedding(prompt: Sequence[int], params: PoolingParams) -> np.ndarray:
+    """The embedding that `prompt` gets alone, float32 (DIM,)."""
+    states = expected_states(prompt)
+    vector = [float(value) for value in states[-1]]
+    if params.pooling == "mean":
+        vector = [0.0] * DIM
+        for state in states:
+            vector = [total + float(value) for total, value in zip(vector, state, strict=True)]
+        vector = [total / len(states) for total in vector]
+    if params.normalize:
+        length = math.sqrt(math.fsum(value * value for value in vector))
+        vector = [value / length for value in vector]
+    return np.array(vector, dtype=np.float32)
 
 
 class FakeTokenizer:

@@ -4,9 +4,9 @@
 
 Users send requests of all kinds to one `AsyncLLM` whose KV cache is too small for them: some read to the
 end, some walk away, some abort, some ask for what cannot be served. Meanwhile one request is sent again and
-again: its answer must keep its bits. `Engine.check` runs every second. At the end all blocks are free, and
-memory, threads and open files are what they were after the first quarter of the time. Prints one line; fails
-with a traceback.
+again: its answer, and the prompt's embedding, must keep their bits. `Engine.check` runs every second. At the
+end all blocks are free, and memory, threads and open files are what they were after the first quarter of the
+time. Prints one line; fails with a traceback.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastllm import AsyncLLM, CapacityError, RequestError, RequestOutput, SamplingParams
+from fastllm import AsyncLLM, CapacityError, PoolingParams, RequestError, RequestOutput, SamplingParams
 from fastllm.engine.engine import Engine
 from fastllm.formats.source import DEFAULT_MODEL
 
@@ -73,7 +73,7 @@ class Soak:
         self.end = time.monotonic() + seconds
         self.random = random.Random(seed)
         self.counts: collections.Counter[str] = collections.Counter()
-        self.expected: list[tuple[int, int]] | None = None
+        self.expected: tuple[list[tuple[int, int]], bytes] | None = None
 
     def running(self) -> bool:
         return time.monotonic() < self.end
@@ -101,7 +101,7 @@ class Soak:
         while self.running():
             number += 1
             manner = self.random.choices(
-                ("reads", "leaves", "aborts", "cancels", "impossible"), (6, 1, 1, 1, 1)
+                ("reads", "embeds", "leaves", "aborts", "cancels", "impossible"), (6, 2, 1, 1, 1, 1)
             )[0]
             await getattr(self, manner)(f"user-{name}-{number}")
             self.counts[manner] += 1
@@ -115,6 +115,13 @@ class Soak:
         assert all(completion.finish_reason in ("stop", "length") for completion in last.outputs)
         self.counts["tokens"] += sum(len(completion.token_ids) for completion in last.outputs)
         self.counts["preemptions"] += last.metrics.num_preemptions if last.metrics else 0
+
+    async def embeds(self, name: str) -> None:
+        prompt, _ = self.request()
+        params = PoolingParams(pooling=self.random.choice(("last", "mean")))
+        (output,) = [output async for output in self.llm.encode(prompt, params, name)]
+        assert output.finish_reason == "stop"
+        assert abs(float(np.linalg.norm(output.embedding)) - 1.0) < 1e-5
 
     async def leaves(self, name: str) -> None:
         async with contextlib.aclosing(self.llm.generate(*self.request(), name)) as stream:
@@ -149,7 +156,8 @@ class Soak:
             async for output in self.llm.generate(*CANARY):
                 last = output
             assert last is not None
-            answer = fingerprint(last)
+            (pooled,) = [output async for output in self.llm.encode(CANARY[0], PoolingParams(pooling="mean"))]
+            answer = fingerprint(last), pooled.embedding.tobytes()
             self.expected = self.expected or answer
             assert answer == self.expected, f"{answer} is not {self.expected}"
             self.counts["canaries"] += 1

@@ -357,7 +357,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CpuExecutor]:
         ("query_start", [0, 2]),
         ("row_token", [3]),
         ("copy_blocks", [[0, 4]]),
-        ("row_kind", [2]),
+        ("row_kind", [3]),
         ("num_logprobs", [5000]),
     ],
 )

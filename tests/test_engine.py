@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_executor import (
     EOS,
@@ -28,6 +30,7 @@ from hypothesis import strategies as st
 from fastllm.engine import hooks as events
 from fastllm.engine.engine import Engine, EngineConfig
 from fastllm.engine.hooks import EngineHook
+from fastllm.engine.sequence import prefix_root
 from fastllm.errors import CapacityError, EngineDeadError, RequestError
 from fastllm.outputs import RequestOutput
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
@@ -740,6 +743,16 @@ def test_the_events_of_a_request_in_order() -> None:
     assert recorder.of(events.Step)[-1].num_free_blocks == 64
 
 
+class CacheRecorder(EngineHook):
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def _take(self, event: Any) -> None:
+        self.seen.append(event)
+
+    on_blocks_stored = on_blocks_removed = on_cache_cleared = _take
+
+
 @given(st.lists(request_strategy, min_size=1, max_size=5), st.integers(5, 12), st.data())
 def test_each_request_has_one_first_token_and_one_end(
     requests: list[tuple[list[int], SamplingParams]], blocks: int, data: st.DataObject
@@ -778,7 +791,10 @@ def test_no_event_is_made_that_nobody_listens_to(monkeypatch: pytest.MonkeyPatch
     def refuse(*arguments: Any) -> None:
         raise AssertionError("an event was made")
 
-    for name in ("Queued", "Scheduled", "Step", "FirstToken", "Tokens", "Finished", "Preempted", "Aborted"):
+    for name in (
+        *("Queued", "Scheduled", "Step", "FirstToken", "Tokens", "Finished", "Preempted", "Aborted"),
+        *("BlocksStored", "BlocksRemoved", "CacheCleared"),
+    ):
         monkeypatch.setattr(events, name, refuse)
 
     class Silent(EngineHook):
@@ -789,6 +805,80 @@ def test_no_event_is_made_that_nobody_listens_to(monkeypatch: pytest.MonkeyPatch
         engine.add_request(name, [2] * 5, SamplingParams(max_tokens=9, ignore_eos=True))
     engine.abort("c")
     run(engine)
+    engine.reset_prefix_cache()
+    assert engine.pool.events is None
+
+
+def test_what_happens_to_cached_blocks_once_per_step() -> None:
+    recorder = CacheRecorder()
+    engine = make(FakeExecutor(num_blocks=4), [recorder], max_num_batched_tokens=32)
+    root = prefix_root(prefix_root("fastllm", "", 4), "salt")
+    params = SamplingParams(max_tokens=1)
+    engine.add_request("a", [2, 3, 4, 5, 6, 7, 8, 9, 10], params, cache_salt="salt")
+    run(engine)
+    (stored,) = recorder.seen
+    first = sha256(root + np.array([2, 3, 4, 5], "<i4").tobytes()).digest()
+    second = sha256(first + np.array([6, 7, 8, 9], "<i4").tobytes()).digest()
+    assert stored == events.BlocksStored(stored.time, (first, second), root, (2, 3, 4, 5, 6, 7, 8, 9), 4)
+    recorder.seen.clear()
+    engine.add_request("b", [3] * 13, params)
+    run(engine)
+    removed, added = recorder.seen
+    assert removed == events.BlocksRemoved(removed.time, (second, first))
+    assert (added.parent_hash, added.token_ids) == (prefix_root("fastllm", "", 4), (3,) * 12)
+    recorder.seen.clear()
+    engine.reset_prefix_cache()
+    assert [type(event) for event in recorder.seen] == [events.CacheCleared]
+
+
+@given(
+    st.lists(
+        st.sampled_from([None, b"x", b"y", (b"b", b"a", [1, 2]), (b"c", b"b", [3, 4]), (b"b", b"c", [5, 6])])
+    )
+)
+def test_cache_events_say_the_same_joined(noted: list[Any]) -> None:
+    """Taken apart again they are what was noted; and no two neighbours could have been one."""
+    apart: list[Any] = []
+    joined = list(events.cache_events(noted, 1.0, 2))
+    for event in joined:
+        if isinstance(event, events.CacheCleared):
+            apart.append(None)
+        elif isinstance(event, events.BlocksRemoved):
+            apart += event.hashes
+        else:
+            parents = (event.parent_hash, *event.hashes)
+            for i, content in enumerate(event.hashes):
+                apart.append((content, parents[i], list(event.token_ids[2 * i : 2 * i + 2])))
+    assert apart == noted
+    for one, other in itertools.pairwise(joined):
+        assert not isinstance(one, events.BlocksRemoved) or not isinstance(other, events.BlocksRemoved)
+        if isinstance(one, events.BlocksStored) and isinstance(other, events.BlocksStored):
+            assert other.parent_hash != one.hashes[-1]
+
+
+def test_a_step_says_how_busy_the_engine_is() -> None:
+    recorder = Recorder()
+    engine = make(FakeExecutor(num_blocks=8), [recorder], max_num_batched_tokens=32)
+    for name in "ab":
+        engine.add_request(name, [2, 3, 4, 5, 6], SamplingParams(max_tokens=20, ignore_eos=True))
+    while engine.has_unfinished():
+        engine.step()
+        step, load = recorder.of(events.Step)[-1], engine.load()
+        assert (step.num_running, step.num_waiting) == (load.num_running, load.num_waiting)
+        assert (step.num_free_blocks, step.num_cached_blocks) == (
+            load.num_free_blocks,
+            load.num_cached_blocks,
+        )
+        assert (step.num_prefix_queries, step.num_prefix_hits) == (
+            load.num_prefix_queries,
+            load.num_prefix_hits,
+        )
+        assert step.num_preemptions == load.num_preemptions == len(recorder.of(events.Preempted))
+        assert load.num_used_blocks == 8 - load.num_free_blocks
+        assert load.kv_usage == load.num_used_blocks / 8
+    assert load.num_preemptions > 0
+    assert load.num_prefix_queries == 10
+    assert load.kv_usage == 0
 
 
 def test_a_hook_that_fails_is_logged_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:

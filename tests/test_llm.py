@@ -719,6 +719,14 @@ print(len(llm.generate(["abc"] * 3, GREEDY)))
         ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes"),
         ({"kv_cache_tokens": True}, "kv_cache_tokens"),
         ({"kv_cache_tokens": 64, "kv_cache_memory_bytes": 1 << 20}, "kv_cache_tokens"),
+        ({"kv_cache_memory_share": 0}, "kv_cache_memory_share"),
+        ({"kv_cache_memory_share": 1.01}, "kv_cache_memory_share"),
+        ({"kv_cache_memory_share": float("nan")}, "kv_cache_memory_share"),
+        ({"kv_cache_memory_share": 10**400}, "kv_cache_memory_share"),
+        ({"kv_cache_memory_share": True}, "kv_cache_memory_share"),
+        ({"kv_cache_memory_share": "half"}, "kv_cache_memory_share"),
+        ({"kv_cache_memory_share": 0.5, "kv_cache_tokens": 64}, "kv_cache_memory_share"),
+        ({"kv_cache_memory_share": 0.5, "kv_cache_memory_bytes": 1 << 20}, "kv_cache_memory_share"),
     ],
 )
 def test_a_bad_option_is_named_before_anything_is_fetched(options: dict[str, Any], field: str) -> None:

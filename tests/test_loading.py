@@ -10,7 +10,7 @@ import pytest
 import tiny
 from api_fakes import weight_bytes
 
-from fastllm import LLM, RequestError, SamplingParams
+from fastllm import LLM, CapacityError, RequestError, SamplingParams
 from fastllm.outputs import RequestOutput
 
 SMALL: dict[str, Any] = {"kv_cache_tokens": 1024, "max_num_seqs": 8}
@@ -110,6 +110,25 @@ def test_lengths_come_from_model_and_cache(directory: Path) -> None:
         assert len(output.outputs[0].token_ids) == 28
     with pytest.raises(RequestError, match="at most the model's context of 256 tokens"):
         LLM(directory, max_model_len=257)
+
+
+@pytest.mark.parametrize("share", [1, 0.25])
+def test_a_share_of_the_free_memory(
+    share: float, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastllm.executor.cpu.available_memory", lambda: 8 << 20)
+    with caplog.at_level("INFO", logger="fastllm"), LLM(directory, kv_cache_memory_share=share) as llm:
+        executor = llm._thread._engine._executor
+        per_block = executor._decoder.kv_bytes_per_block(16, "int16")
+        assert executor.kv_capacity() == int((8 << 20) * share) // per_block
+    assert f"({share:g} of 8.0 MiB free)" in caplog.text
+
+
+def test_a_share_too_small_for_a_block_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastllm.executor.cpu.available_memory", lambda: 1 << 20)
+    with pytest.raises(CapacityError, match="one block of 16 tokens in the KV cache") as caught:
+        LLM(directory, kv_cache_memory_share=0.001)
+    assert caught.value.had == 1048
 
 
 def _resident() -> int:

@@ -84,6 +84,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "more-threads-than-processors": {"threads": 5},
     "other-blocks": {"block_size": 64},
     "nothing-shared": {"enable_prefix_caching": False},
+    "guessing": {"speculative_config": {"method": "ngram", "prompt_lookup_min": 1}},
 }
 
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import EOS, PIECES, FakeExecutor, expected_tokens
+from fake_executor import EOS, PIECES, FakeExecutor, expected_states, expected_tokens
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from fastllm.engine.drafter import NgramDrafter
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
 from fastllm.errors import CapacityError, RequestError
 from fastllm.executor.base import StepResult
+from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import SamplingParams
 
 VOCAB = len(PIECES)
@@ -29,7 +31,7 @@ def make(
     seqs: int = 8,
     budget: int = 16,
     length: int = 200,
-    **more: float,
+    **more: Any,
 ) -> Scheduler:
     return Scheduler(
         num_blocks=num_blocks,
@@ -711,8 +713,9 @@ def test_tokens_do_not_depend_on_batch_chunks_or_preemption(
 class Live:
     item: Sequence
     prompt: list[int]
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     stopped_at: int | None = field(default=None)
+    states: list[Any] = field(default_factory=list)
 
 
 shared_prompts = st.tuples(
@@ -731,9 +734,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         budget=st.integers(1, 12),
         length=st.integers(8, 40),
+        guesses=st.sampled_from([0, 1, 4]),
     )
-    def start(self, blocks: int, size: int, seqs: int, budget: int, length: int) -> None:
-        self.scheduler = make(num_blocks=blocks, block_size=size, seqs=seqs, budget=budget, length=length)
+    def start(self, blocks: int, size: int, seqs: int, budget: int, length: int, guesses: int) -> None:
+        drafter = NgramDrafter(guesses, 1) if guesses else None
+        self.scheduler = make(
+            num_blocks=blocks, block_size=size, seqs=seqs, budget=budget, length=length, drafter=drafter
+        )
         self.scheduler.pool.events = []
         self.executor = executor_of(self.scheduler)
         self.live: list[Live] = []
@@ -768,13 +775,36 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.add(items[0], self.now, items[1:])
             self.live += [Live(item, prompt, params) for item in items]
 
+    @rule(
+        prompt=prompt_strategy | shared_prompts,
+        pooling=st.sampled_from(["last", "mean"]),
+        priority=st.sampled_from([0, 0, -1, 2]),
+        salt=st.sampled_from([None, "", "", "salt"]),
+    )
+    def submit_pooling(self, prompt: list[int], pooling: str, priority: int, salt: str | None) -> None:
+        params = PoolingParams(pooling=pooling)
+        root = None if salt is None else prefix_root(ROOT, salt)
+        item = sequence(str(self.count), prompt, params, priority=priority, root=root)
+        self.count += 1
+        pool = self.scheduler.pool
+        if len(prompt) > min(self.scheduler.max_model_len, pool.num_blocks * pool.block_size):
+            with pytest.raises(CapacityError):
+                self.scheduler.add(item, self.now)
+        else:
+            self.scheduler.add(item, self.now)
+            self.live.append(Live(item, prompt, params))
+
     def _execute(self) -> None:
         batch = self.scheduler.in_flight
         assert batch is not None
         self._take(self.executor.run(batch))
 
     def _take(self, result: StepResult) -> None:
-        self.scheduler.update(result)
+        moved = self.scheduler.update(result)
+        for one in self.live:
+            if one.item.pools and one.item in moved:
+                first = one.item.first_hidden
+                one.states += list(result.hidden[first : first + one.item.num_prompt_rows])
         for one in [one for one in self.live if one.item.finish_reason is not None]:
             self.live.remove(one)
             self.ended.append(one)
@@ -814,6 +844,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._take(result)
         assert (one.item.state, one.item.finish_reason) == ("finished", "error")
 
+    @rule(seconds=st.sampled_from([0.0, 1e-4, 1e-3, 1.0]))
+    def observe(self, seconds: float) -> None:
+        self.scheduler.observe(seconds)
+
     @precondition(lambda self: self.scheduler.in_flight is not None)
     @rule(computed=st.booleans())
     def rollback(self, computed: bool) -> None:
@@ -838,7 +872,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live and self.scheduler.in_flight is None)
     @rule(data=st.data())
     def stop_string(self, data: st.DataObject) -> None:
-        running = [one for one in self.live if one.item.state == "running"]
+        running = [one for one in self.live if one.item.state == "running" and not one.item.pools]
         assume(running)
         one = data.draw(st.sampled_from(running))
         self.live.remove(one)
@@ -862,7 +896,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         events, self.scheduler.pool.events = self.scheduler.pool.events, []
         assert events is not None
         for event in events:
-            if isinstance(event, bytes):
+            if event is None:
+                self.known.clear()
+            elif isinstance(event, bytes):
                 self.known.remove(event)
             else:
                 content, before, tokens = event
@@ -877,9 +913,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         if self.scheduler.in_flight is not None:
             self._execute()
-        drain(self.scheduler, self.executor)
+        for _ in range(2000):
+            if self.scheduler.schedule() is None:
+                break
+            self._execute()
+        assert not self.scheduler.has_unfinished()
         for one in self.live + self.ended:
             item = one.item
+            assert item.block_ids == []
+            if isinstance(one.params, PoolingParams):
+                self._check_states(one)
+                continue
             tokens, reason, stop_reason = expected_tokens(
                 one.prompt, one.params, item.length_limit, index=item.index, seed=item.seed
             )
@@ -889,7 +933,17 @@ class SchedulerMachine(RuleBasedStateMachine):
                 )  # fmt: skip
             else:
                 assert item.output_token_ids == tokens[: one.stopped_at]
-            assert item.block_ids == []
+
+    def _check_states(self, one: Live) -> None:
+        """Each position's state once, in order, or the last one's; the first ones of what was aborted."""
+        assert one.item.output_token_ids == []
+        states = expected_states(one.prompt)
+        if one.params.pooling == "last":
+            states = states[-1:]
+        if one.stopped_at is None:
+            assert one.item.finish_reason == "stop"
+            assert len(one.states) == len(states)
+        assert np.array_equal(one.states, states[: len(one.states)])
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

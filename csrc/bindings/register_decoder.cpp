@@ -12,6 +12,7 @@
 #include "bindings/sample_arrays.h"
 #include "core/argument_error.h"
 #include "core/math.h"
+#include "model/adapter.h"
 #include "model/decoder.h"
 
 namespace fastllm {
@@ -132,6 +133,7 @@ class DecoderHandle {
     in.slot_mapping = ints("slot_mapping", {"T"});
     in.seq_lens = ints("seq_lens", {"S"});
     in.sequences = shapes["S"];
+    in.adapter = ints("adapter", {"S"});
     shapes.let("S+1", in.sequences + 1);
     in.query_start = ints("query_start", {"S+1"});
     in.block_tables = ints("block_tables", {"S", "max_blocks"});
@@ -143,11 +145,13 @@ class DecoderHandle {
     in.rows = shapes["R"];
     check_batch(shapes, in);
 
-    const SampleArrays arrays = read_sample_arrays(shapes, batch, c.vocab_size, kMaxLogprobs);
-    std::int64_t most = 0;
+    const SampleArrays arrays =
+        read_sample_arrays(shapes, batch, c.vocab_size, kMaxLogprobs, SampleRow::kPool);
+    std::int64_t most = 0, pooled = 0;
     rows_.clear();
     for (std::int64_t r = 0; r < in.rows; ++r) {
       rows_.push_back(arrays.row(r));
+      pooled += rows_.back().kind == SampleRow::kPool;
       most = std::max<std::int64_t>(most, std::min<std::int64_t>(rows_.back().num_logprobs, c.vocab_size));
     }
     in.sample = rows_.data();
@@ -156,8 +160,10 @@ class DecoderHandle {
     py::array_t<float> logprob(in.rows);
     py::array_t<std::int32_t> top_ids({in.rows, most});
     py::array_t<float> top_logprobs({in.rows, most});
+    py::array_t<float> hidden({pooled, c.dim});
     py::object logits = py::none();
     StepOutput out;
+    out.hidden = hidden.mutable_data();
     out.tokens = tokens.mutable_data();
     out.rank = rank.mutable_data();
     out.logprob = logprob.mutable_data();
@@ -180,6 +186,7 @@ class DecoderHandle {
     result["rank"] = rank;
     result["top_ids"] = top_ids;
     result["top_logprobs"] = top_logprobs;
+    result["hidden"] = hidden;
     result["logits"] = logits;
     return result;
   }
@@ -203,6 +210,10 @@ class DecoderHandle {
     check_range(shapes, "copy_blocks", in.copy_blocks, in.copies * 2, 0, blocks);
     check_offsets(shapes, "query_start", in.query_start, in.sequences, in.tokens);
     check_range(shapes, "seq_lens", in.seq_lens, in.sequences, 1, in.max_blocks * block_size + 1);
+    for (std::int64_t s = 0; s < in.sequences; ++s)
+      if (in.adapter[s] < -1 || (in.adapter[s] >= 0 && !decoder_.has_adapter(in.adapter[s])))
+        shapes.fail("adapter", std::to_string(in.adapter[s]) + " at index " + std::to_string(s),
+                    "-1 or the index of a loaded adapter");
     for (std::int64_t s = 0; s < in.sequences; ++s) {
       const std::int32_t begin = in.query_start[s], end = in.query_start[s + 1];
       for (std::int32_t t = begin; t < end; ++t)
@@ -222,6 +233,35 @@ class DecoderHandle {
 }  // namespace
 
 void register_decoder(py::module_& module) {
+  py::class_<Adapter, std::shared_ptr<Adapter>>(
+      module, "Adapter",
+      R"(A low-rank adapter (LoRA) for a Decoder: y += scale * (x A^T) B^T for the projections that were set.
+
+Made in any thread. Once a decoder has it, nothing can be set any more.)")
+      .def(py::init<>())
+      .def(
+          "set",
+          [](Adapter& self, const std::string& slot, std::int64_t layer, const py::object& a,
+             std::shared_ptr<const PackedMatrix> b, float scale) {
+            Shapes shapes("Adapter.set");
+            const float* values = shapes.in<float>(a, "a", {"rank", "inputs"});
+            self.set(slot, layer, values, shapes["rank"], shapes["inputs"], std::move(b), scale);
+          },
+          py::arg("slot"), py::arg("layer"), py::arg("a"), py::arg("b").none(false), py::arg("scale"),
+          R"(Sets the matrices of one projection, which has none yet.
+
+Args:
+    slot: "q", "k", "v", "o", "gate", "up" or "down".
+    layer: from 0.
+    a: float32 (rank, inputs), C-contiguous; copied. rank is 1 to 256.
+    b: (outputs, rank) of kind "f32".
+    scale: finite.
+
+Raises:
+    RequestError: anything else.)")
+      .def_property_readonly("rank", &Adapter::rank, "The largest.")
+      .def_property_readonly("nbytes", &Adapter::nbytes, "Bytes of all its matrices.");
+
   py::class_<DecoderHandle>(module, "Decoder",
                             R"(A decoder with its weights and its paged KV cache, on the CPU.
 
@@ -266,6 +306,19 @@ Not for several threads at once.)")
             return Decoder::kv_bytes_per_block(self.decoder().config(), block_size, kv_type(dtype));
           },
           py::arg("block_size"), py::arg("dtype"), "Bytes that one block takes over all layers, K and V.")
+      .def(
+          "load_adapter",
+          [](DecoderHandle& self, std::int64_t index, const std::shared_ptr<Adapter>& adapter) {
+            self.decoder().load_adapter(index, adapter);
+            adapter->seal();
+          },
+          py::arg("index"), py::arg("adapter").none(false),
+          "Makes sequences whose StepBatch.adapter is index (0 to 255) use it, in place of what was "
+          "there.\n\nRaises:\n    RequestError: its matrices do not fit the decoder's; nothing changed.")
+      .def(
+          "unload_adapter",
+          [](DecoderHandle& self, std::int64_t index) { self.decoder().unload_adapter(index); },
+          py::arg("index"), "Forgets an adapter; no step may name its index then. Without one, does nothing.")
       .def("step", &DecoderHandle::step, py::arg("batch"), py::arg("logits") = false,
            "Runs one StepBatch (see fastllm/executor/base.py). Returns a dict with the arrays of StepResult, "
            "and under "
@@ -286,6 +339,12 @@ Not for several threads at once.)")
           "Seconds that the phases of all steps took since profile(True), the waits between threads "
           "included; by "
           "name, in the order in which a step walks through them.")
+      .def(
+          "release_kv", [](DecoderHandle& self) { self.decoder().release_kv(); },
+          "Frees the KV cache and what steps have allocated; no step until allocate_kv.")
+      .def(
+          "release_weights", [](DecoderHandle& self) { self.decoder().release_weights(); },
+          "release_kv, and frees the weights; they can be set anew.")
       .def(
           "close", [](DecoderHandle& self) { self.close(); },
           "Frees weights and KV cache; no step afterwards.")

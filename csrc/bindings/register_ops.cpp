@@ -109,6 +109,16 @@ Floats matmul(const py::object& x, const PackedMatrix& w, const py::object& resi
   return result;
 }
 
+Floats low_rank(const py::object& x, const py::object& a, float scale, const std::string& isa) {
+  Shapes shapes("low_rank");
+  const float* in = shapes.in<float>(x, "x", {"M", "K"});
+  const float* rows = shapes.in<float>(a, "a", {"R", "K"});
+  const std::int64_t m = shapes["M"], k = shapes["K"], r = shapes["R"];
+  Floats result({m, r});
+  table(isa).low_rank(rows, r, in, k, m, k, scale, result.mutable_data(), r);
+  return result;
+}
+
 Floats embedding(const PackedMatrix& w, const py::object& ids, const std::string& isa) {
   Shapes shapes("embedding");
   const std::int32_t* rows = shapes.in<std::int32_t>(ids, "ids", {"T"});
@@ -211,6 +221,10 @@ void register_ops(py::module_& module) {
              py::arg("isa") = "", py::arg("threads") = 0,
              "x: float32 (M, K); w: PackedMatrix (N, K); residual: float32 (M, N) or None. Returns x w^T + "
              "residual.");
+  module.def(
+      "low_rank", &low_rank, py::arg("x"), py::arg("a"), py::arg("scale"), py::arg("isa") = "",
+      "scale * x a^T, the first product of a low-rank adapter. x: float32 (M, K), a: float32 (R, K). Returns "
+      "float32 (M, R).");
   module.def("embedding", &embedding, py::arg("w"), py::arg("ids"), py::arg("isa") = "",
              "Rows ids (int32 (T,)) of w (N, K), exactly as their format decodes them: float32 (T, K).");
   module.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("isa") = "",

@@ -31,7 +31,7 @@ py::dict sample(const py::object& logits, const py::object& batch, const std::st
   const std::int64_t vocab = shapes["V"], rows = shapes["R"];
   if (vocab < 1 || vocab > INT32_MAX)
     shapes.fail("logits", Shapes::describe(logits), "1 to 2^31 - 1 columns");
-  const SampleArrays arrays = read_sample_arrays(shapes, batch, vocab, INT32_MAX);
+  const SampleArrays arrays = read_sample_arrays(shapes, batch, vocab, INT32_MAX, SampleRow::kLogprob);
   std::int64_t most = 0;
   for (std::int64_t r = 0; r < rows; ++r) most = std::max<std::int64_t>(most, arrays.num_logprobs[r]);
   most = std::min(most, vocab);

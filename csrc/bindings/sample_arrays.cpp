@@ -36,7 +36,7 @@ void check_offsets(const Shapes& shapes, const char* name, const std::int32_t* s
 }
 
 SampleArrays read_sample_arrays(Shapes& shapes, const py::handle& batch, std::int64_t vocab,
-                                std::int32_t max_logprobs) {
+                                std::int32_t max_logprobs, SampleRow::Kind last_kind) {
   const auto ints = [&](const char* name, const char* size) {
     return shapes.in<std::int32_t>(batch.attr(name), name, {size});
   };
@@ -77,7 +77,7 @@ SampleArrays read_sample_arrays(Shapes& shapes, const py::handle& batch, std::in
   a.history_prompt_len = ints("history_prompt_len", "R");
 
   const std::int64_t rows = a.rows, last = vocab - 1;
-  check_range(shapes, "row_kind", a.kind, rows, SampleRow::kSample, SampleRow::kLogprob);
+  check_range(shapes, "row_kind", a.kind, rows, SampleRow::kSample, last_kind);
   check_range(shapes, "num_logprobs", a.num_logprobs, rows, -1, max_logprobs);
   check_range(shapes, "row_token", a.row_token, rows, 0, shapes["T"] - 1);
   check_offsets(shapes, "bias_start", a.bias_start, rows, shapes["B"]);

@@ -170,6 +170,10 @@ struct Kernels {
   void (*matmul_f)(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
                    int64_t panel_end, float* y, int64_t ldy, int accumulate);
 
+  // y[m, r] = scale * sum_k a[r, k] x[m, k]. a: (rank, k); x: (rows, ldx); y: (rows, ldy).
+  void (*low_rank)(const float* a, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t k,
+                   float scale, float* y, int64_t ldy);
+
   // out[k] = w[row, k], the row of an embedding table, exactly as the disk format decodes it.
   void (*unpack_row)(const PackedView* w, int64_t row, float* out);
 

@@ -11,6 +11,8 @@ void matmul_q(const PackedView* w, const QuantizedRows* x, int64_t rows, int64_t
               int64_t panel_end, float* y, int64_t ldy, int accumulate, void* scratch, ReadAhead* ahead);
 void matmul_f(const PackedView* w, const float* x, int64_t ldx, int64_t rows, int64_t panel_begin,
               int64_t panel_end, float* y, int64_t ldy, int accumulate);
+void low_rank(const float* a, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t k, float scale,
+              float* y, int64_t ldy);
 void unpack_row(const PackedView* w, int64_t row, float* out);
 void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t dim,
               float* y, int64_t ldy);

@@ -16,6 +16,7 @@ extern const Kernels FASTLLM_JOIN(kernels_, FASTLLM_ISA) = {
     .quantize_rows = FASTLLM_ISA::quantize_rows,
     .matmul_q = FASTLLM_ISA::matmul_q,
     .matmul_f = FASTLLM_ISA::matmul_f,
+    .low_rank = FASTLLM_ISA::low_rank,
     .unpack_row = FASTLLM_ISA::unpack_row,
     .rms_norm = FASTLLM_ISA::rms_norm,
     .layer_norm = FASTLLM_ISA::layer_norm,

@@ -41,6 +41,7 @@ struct StepInput {
   const std::int32_t* slot_mapping = nullptr;  // (T)
   const std::int32_t* query_start = nullptr;   // (S + 1)
   const std::int32_t* seq_lens = nullptr;      // (S)
+  const std::int32_t* adapter = nullptr;       // (S) index of a loaded adapter, -1: none; null: none at all
   const std::int32_t* block_tables = nullptr;  // (S, max_blocks)
   const std::int32_t* copy_blocks = nullptr;   // (C, 2)
   const std::int32_t* row_token = nullptr;     // (R)
@@ -48,13 +49,15 @@ struct StepInput {
 };
 
 struct StepOutput {
-  std::int32_t* tokens = nullptr;   // (R); -1 when the logits were not numbers
+  std::int32_t* tokens = nullptr;   // (R); -1 when the logits were not numbers; 0 in rows that pool, -1
+                                    // when their hidden state is not
   float* logprob = nullptr;         // (R)
   std::int32_t* rank = nullptr;     // (R)
   std::int32_t* top_ids = nullptr;  // (R, L)
   float* top_logprobs = nullptr;    // (R, L)
   std::int64_t max_logprobs = 0;    // L
-  float* logits = nullptr;          // (R, V), or null: raw logits are not wanted
+  float* logits = nullptr;          // (R, V), or null: raw logits are not wanted; 0 in rows that pool
+  float* hidden = nullptr;          // (P, dim): the final norm's output, a line for each row that pools
 };
 
 }  // namespace fastllm

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "core/argument_error.h"
 #include "core/math.h"
 #include "dispatch.h"
 
@@ -147,17 +148,57 @@ std::size_t Decoder::weight_bytes() const {
   return bytes;
 }
 
-void Decoder::close() {
-  embed_.reset();
-  head_.reset();
-  layers_.clear();
+void Decoder::release_kv() {
   kv_ = AlignedBuffer();
   kv_blocks_ = 0;
-  for (AlignedBuffer* buffer : {&final_norm_, &final_norm_bias_, &x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_,
-                                &cos_, &sin_, &cos_sliding_, &sin_sliding_, &quantized_, &logits_})
+  for (AlignedBuffer* buffer : {&x_, &h_, &q_, &k_, &v_, &a_, &gate_, &up_, &cos_, &sin_, &cos_sliding_,
+                                &sin_sliding_, &low_, &quantized_, &logits_})
     *buffer = AlignedBuffer();
   plan_ = StepPlan();
   for (ThreadState& state : thread_state_) state = ThreadState{};
+}
+
+void Decoder::release_weights() {
+  release_kv();
+  embed_.reset();
+  head_.reset();
+  final_norm_ = Vector();
+  final_norm_bias_ = Vector();
+  for (Layer& layer : layers_) layer = Layer{};
+}
+
+void Decoder::close() {
+  release_weights();
+  layers_.clear();
+  adapters_.clear();
+}
+
+// ---- adapters --------------------------------------------------------------------------------------------
+
+void Decoder::load_adapter(std::int64_t index, std::shared_ptr<const Adapter> adapter) {
+  if (index < 0 || index >= kAdaptersMax)
+    throw ArgumentError("index", std::to_string(index), "0 to " + std::to_string(kAdaptersMax - 1));
+  for (std::int64_t layer = 0; layer < adapter->layers(); ++layer) {
+    for (std::size_t i = 0; i < kProjectionSlots.size(); ++i) {
+      const AdapterMatrices* m = adapter->find(layer, static_cast<int>(i));
+      if (m == nullptr) continue;
+      const std::string name = std::string(kProjectionSlots[i]) + " of layer " + std::to_string(layer);
+      std::int64_t rows = 0, cols = 0;
+      if (find_matrix(kProjectionSlots[i], layer, &rows, &cols) == nullptr)
+        throw ArgumentError("adapter", name, "layers below " + std::to_string(layers_.size()));
+      if (m->b->rows != rows || m->cols != cols)
+        throw ArgumentError("adapter",
+                            name + " from " + std::to_string(m->cols) + " to " + std::to_string(m->b->rows),
+                            "from " + std::to_string(cols) + " to " + std::to_string(rows));
+    }
+  }
+  const auto at = static_cast<std::size_t>(index);
+  if (at >= adapters_.size()) adapters_.resize(at + 1);
+  adapters_[at] = std::move(adapter);
+}
+
+void Decoder::unload_adapter(std::int64_t index) {
+  if (has_adapter(index)) adapters_[static_cast<std::size_t>(index)].reset();
 }
 
 // ---- the KV cache ----------------------------------------------------------------------------------------

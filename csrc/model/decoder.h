@@ -14,6 +14,7 @@
 #include "core/memory.h"
 #include "core/thread_pool.h"
 #include "kernels/kernels.h"
+#include "model/adapter.h"
 #include "model/batch.h"
 #include "model/profile.h"
 #include "model/sampler.h"
@@ -44,12 +45,26 @@ class Decoder {
   static std::size_t kv_bytes_per_block(const DecoderConfig& config, std::int32_t block_size, KvType type);
   std::size_t weight_bytes() const;
 
+  // Makes sequences of StepInput::adapter == index use it, in place of what was there. Throws ArgumentError
+  // for an index out of range and for matrices of another shape than the decoder's; nothing changed then.
+  void load_adapter(std::int64_t index, std::shared_ptr<const Adapter> adapter);
+  // Forgets it; an index that has none is ignored.
+  void unload_adapter(std::int64_t index);
+  bool has_adapter(std::int64_t index) const {
+    return index >= 0 && index < static_cast<std::int64_t>(adapters_.size()) &&
+           adapters_[static_cast<std::size_t>(index)] != nullptr;
+  }
+
   void step(const StepInput& in, const StepOutput& out);
 
   // Times of the phases of all steps since it was enabled.
   Profile& profile() { return profile_; }
 
-  // Frees weights, cache and activations; only the sizes remain.
+  // Frees cache and activations; until allocate_kv there are no steps.
+  void release_kv();
+  // Frees weights too; they can be set anew.
+  void release_weights();
+  // Frees everything; only the sizes remain.
   void close();
 
  private:
@@ -88,12 +103,19 @@ class Decoder {
   void quantize_rows(const Worker& worker, const float* x, std::int64_t cols);
   void multiply(const Worker& worker, const float* x, std::int64_t ldx, std::int64_t rows,
                 const Product* products, int count, bool accumulate);
+  void add_adapters(const Worker& worker, std::int64_t layer, int first, const float* x, std::int64_t ldx,
+                    const Product* products, int count);
+  const Adapter& adapter_of(const AdapterRun& run) const {
+    return *adapters_[static_cast<std::size_t>(run.adapter)];
+  }
   void prepare_heads(const Worker& worker, const StepInput& in, const Layer& layer, const KvView& kv,
                      bool sliding);
   void attend(const Worker& worker, const StepInput& in, std::int64_t layer, const KvView& kv);
   void read_ahead(const Worker& worker, std::int64_t layer);
   void activate(const Worker& worker, const Layer& layer);
   void add_residual(const Worker& worker, const Vector& bias, const Vector& post_norm);
+  void final_norm(const float* x, float* h) const;
+  void pool_rows(const Worker& worker, const StepInput& in, const StepOutput& out);
   void yield_rows(const Worker& worker, const StepInput& in, const StepOutput& out);
   void mark(const Worker& worker, Phase phase) {
     if (worker.index == 0) profile_.mark(phase);
@@ -109,6 +131,8 @@ class Decoder {
   Vector final_norm_, final_norm_bias_;
   std::vector<Layer> layers_;
 
+  std::vector<std::shared_ptr<const Adapter>> adapters_;  // by index; null: free
+
   AlignedBuffer kv_;
   std::int64_t kv_blocks_ = 0;
   std::int32_t block_size_ = 0;
@@ -120,8 +144,10 @@ class Decoder {
   AlignedBuffer q_, k_, v_, a_;  // (T, heads * head_dim), a: attention's output
   AlignedBuffer gate_, up_;      // (T, ffn_dim)
   AlignedBuffer cos_, sin_, cos_sliding_, sin_sliding_;  // (T, rotary_dim / 2)
-  AlignedBuffer quantized_;                              // int8 rows of the widest input, see quantized()
-  AlignedBuffer logits_;                                 // (rows at a time, vocab_size)
+  AlignedBuffer low_;                                    // (T, 3 products, low_stride_), of adapters
+  std::int64_t low_stride_ = 0;
+  AlignedBuffer quantized_;  // int8 rows of the widest input, see quantized()
+  AlignedBuffer logits_;     // (rows at a time, vocab_size)
   StepPlan plan_;
   std::vector<std::int32_t> last_tokens_;  // what the previous step sampled
 };

@@ -75,6 +75,12 @@ void Decoder::reserve(const StepInput& in) {
   up_.reserve(floats(in.tokens * c.ffn_dim));
   for (AlignedBuffer* table : {&cos_, &sin_, &cos_sliding_, &sin_sliding_})
     table->reserve(floats(in.tokens * c.rotary_dim / 2));
+  if (!plan_.adapter_runs().empty()) {
+    low_stride_ = 0;
+    for (const AdapterRun& run : plan_.adapter_runs())
+      low_stride_ = std::max(low_stride_, adapter_of(run).rank());
+    low_.reserve(floats(in.tokens * 3 * low_stride_));
+  }
   quantized_.reserve(static_cast<std::size_t>(rows * quantized_row_bytes()));
   logits_.reserve(floats(plan_.rows_of_logits() * c.vocab_size));
 
@@ -172,6 +178,50 @@ void Decoder::multiply(const Worker& worker, const float* x, std::int64_t ldx, s
       } else {
         kernels_.matmul_f(&w, x, ldx, rows, from, to, p.y, p.ldy, accumulate);
       }
+    }
+  });
+}
+
+// y += scale * (x A^T) B^T for the part's tokens that have an adapter: of `count` products that read x, those
+// of the projections from `first` on. Tokens without one are not touched.
+void Decoder::add_adapters(const Worker& worker, std::int64_t layer, int first, const float* x,
+                           std::int64_t ldx, const Product* products, int count) {
+  const Part& part = worker.part;
+  const AdapterRun* runs = plan_.adapter_runs().data() + part.adapter_runs.begin;
+  const AdapterRun* chunks = plan_.adapter_chunks().data() + part.adapter_chunks.begin;
+  bool any = false;  // the same on all threads
+  for (std::int64_t i = 0; i < part.adapter_runs.size() && !any; ++i)
+    for (int p = 0; p < count && !any; ++p) any = adapter_of(runs[i]).find(layer, first + p) != nullptr;
+  if (!any) return;
+  const auto low = [&](std::int64_t token, std::int64_t product) {
+    return low_.as<float>() + (token * 3 + product) * low_stride_;
+  };
+  worker.team.for_each(part.adapter_chunks.size() * count, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const AdapterRun& chunk = chunks[i / count];
+      const std::int64_t p = i % count, token = chunk.tokens.begin;
+      const AdapterMatrices* m = adapter_of(chunk).find(layer, first + static_cast<int>(p));
+      if (m == nullptr) continue;
+      kernels_.low_rank(m->a.as<float>(), m->rank, x + token * ldx, ldx, chunk.tokens.size(), m->cols,
+                        m->scale, low(token, p), 3 * low_stride_);
+    }
+  });
+  // Some stretches of outputs for every thread, in whole tiles of the kernel.
+  const std::int64_t stretches = worker.team.size() == 1 ? 1 : 4 * worker.team.size();
+  const std::int64_t tasks = part.adapter_runs.size() * count * stretches;
+  worker.team.for_each(tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const AdapterRun& run = runs[i / (count * stretches)];
+      const std::int64_t p = i / stretches % count, stretch = i % stretches, token = run.tokens.begin;
+      const AdapterMatrices* m = adapter_of(run).find(layer, first + static_cast<int>(p));
+      if (m == nullptr) continue;
+      const PackedView b = m->b->view();
+      const std::int64_t panels = m->b->panels(), each = ceil_div(ceil_div(panels, stretches), 4) * 4;
+      const std::int64_t from = std::min(panels, stretch * each), to = std::min(panels, from + each);
+      if (from == to) continue;
+      float* y = products[p].y + (token - part.tokens.begin) * products[p].ldy;
+      kernels_.matmul_f(&b, low(token, p), 3 * low_stride_, run.tokens.size(), from, to, y, products[p].ldy,
+                        1);
     }
   });
 }
@@ -321,7 +371,38 @@ void Decoder::add_residual(const Worker& worker, const Vector& bias, const Vecto
   });
 }
 
-// Final norm, head and sampler for the rows asked for, some at a time.
+void Decoder::final_norm(const float* x, float* h) const {
+  const DecoderConfig& c = config_;
+  if (c.norm == NormKind::rms) {
+    kernels_.rms_norm(x, c.dim, final_norm_.as<float>(), c.norm_eps, 1, c.dim, h, c.dim);
+  } else {
+    kernels_.layer_norm(x, c.dim, final_norm_.as<float>(), final_norm_bias_.as<float>(), c.norm_eps, 1, c.dim,
+                        h, c.dim);
+  }
+}
+
+// The final norm alone for the rows that pool, straight to where it is wanted.
+void Decoder::pool_rows(const Worker& worker, const StepInput& in, const StepOutput& out) {
+  const DecoderConfig& c = config_;
+  const Range range = worker.part.pool_rows;
+  if (range.size() == 0) return;
+  worker.team.for_each(range.size(), 4, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t line = range.begin + begin; line < range.begin + end; ++line) {
+      const std::int64_t at = plan_.pool_rows()[static_cast<std::size_t>(line)];
+      float* h = out.hidden + line * c.dim;
+      final_norm(x_.as<float>() + in.row_token[at] * c.dim, h);
+      bool numbers = true;
+      for (std::int64_t i = 0; i < c.dim; ++i) numbers = numbers && h[i] - h[i] == 0.0f;
+      out.tokens[at] = numbers ? 0 : -1;
+      out.logprob[at] = 0.0f;
+      out.rank[at] = 0;
+      if (out.logits != nullptr) std::fill_n(out.logits + at * c.vocab_size, c.vocab_size, 0.0f);
+    }
+  });
+  mark(worker, Phase::norm);
+}
+
+// Final norm, head and sampler for the other rows, some at a time.
 void Decoder::yield_rows(const Worker& worker, const StepInput& in, const StepOutput& out) {
   const DecoderConfig& c = config_;
   const Part& part = worker.part;
@@ -329,18 +410,13 @@ void Decoder::yield_rows(const Worker& worker, const StepInput& in, const StepOu
   const QuantizedRows quantized_rows = quantized(worker.part, c.dim);
   const std::int64_t at_h = part.tokens.begin;  // the rows stand where the part's tokens did
   float* logits = logits_.as<float>() + part.logits_at * c.vocab_size;
-  for (std::int64_t first = part.rows.begin; first < part.rows.end; first += part.rows_at_once) {
-    const std::int64_t rows = std::min(part.rows_at_once, part.rows.end - first);
+  for (std::int64_t first = part.head_rows.begin; first < part.head_rows.end; first += part.rows_at_once) {
+    const std::int64_t rows = std::min(part.rows_at_once, part.head_rows.end - first);
+    const std::int64_t* places = plan_.head_rows().data() + first;
     worker.team.for_each(rows, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
-        const float* x = x_.as<float>() + in.row_token[first + r] * c.dim;
         float* h = h_.as<float>() + (at_h + r) * c.dim;
-        if (c.norm == NormKind::rms) {
-          kernels_.rms_norm(x, c.dim, final_norm_.as<float>(), c.norm_eps, 1, c.dim, h, c.dim);
-        } else {
-          kernels_.layer_norm(x, c.dim, final_norm_.as<float>(), final_norm_bias_.as<float>(), c.norm_eps, 1,
-                              c.dim, h, c.dim);
-        }
+        final_norm(x_.as<float>() + in.row_token[places[r]] * c.dim, h);
         if (head.quantized()) {
           const QuantizedRows row = quantized_rows.from_row(r);
           kernels_.quantize_rows(h, c.dim, 1, c.dim, &row);
@@ -354,7 +430,7 @@ void Decoder::yield_rows(const Worker& worker, const StepInput& in, const StepOu
       for (std::int64_t r = begin; r < end; ++r) {
         float* row = logits + r * c.vocab_size;
         if (c.final_softcap > 0) kernels_.softcap(row, c.final_softcap, c.vocab_size);
-        const std::int64_t at = first + r;
+        const std::int64_t at = places[r];
         if (out.logits != nullptr)
           std::memcpy(out.logits + at * c.vocab_size, row,
                       static_cast<std::size_t>(c.vocab_size) * sizeof(float));
@@ -408,9 +484,12 @@ void Decoder::run_layer(const Worker& worker, const StepInput& in, std::int64_t 
   const std::int64_t first = worker.part.tokens.begin, tokens = worker.part.tokens.size();
   float* x = x_.as<float>() + first * c.dim;
   float* h = h_.as<float>() + first * c.dim;
-  const auto multiply_rows = [&](const AlignedBuffer& from, std::int64_t cols, const Product* products,
-                                 int count, bool accumulate) {
+  // The projections from `projection` on.
+  const auto multiply_rows = [&](Projection projection, const AlignedBuffer& from, std::int64_t cols,
+                                 const Product* products, int count, bool accumulate) {
     multiply(worker, from.as<float>(), cols, tokens, products, count, accumulate);
+    if (worker.part.adapter_runs.size() > 0)
+      add_adapters(worker, number, projection, from.as<float>(), cols, products, count);
   };
 
   normalize(worker, l.attn_norm, l.attn_norm_bias, l.q->quantized() || l.k->quantized() || l.v->quantized());
@@ -418,7 +497,7 @@ void Decoder::run_layer(const Worker& worker, const StepInput& in, std::int64_t 
   const Product qkv[] = {{l.q.get(), q_.as<float>() + first * q_dim, q_dim},
                          {l.k.get(), k_.as<float>() + first * kv_dim, kv_dim},
                          {l.v.get(), v_.as<float>() + first * kv_dim, kv_dim}};
-  multiply_rows(h_, c.dim, qkv, 3, false);
+  multiply_rows(kQ, h_, c.dim, qkv, 3, false);
   mark(worker, Phase::qkv);
   prepare_heads(worker, in, l, kv, c.windows[static_cast<std::size_t>(number)] > 0);
   mark(worker, Phase::rope_kv);
@@ -430,7 +509,7 @@ void Decoder::run_layer(const Worker& worker, const StepInput& in, std::int64_t 
   const bool plain_o = !l.o_bias && !l.attn_post_norm;
   if (l.o->quantized()) quantize_rows(worker, a_.as<float>(), q_dim);
   const Product o{l.o.get(), plain_o ? x : h, c.dim};
-  multiply_rows(a_, q_dim, &o, 1, plain_o);
+  multiply_rows(kO, a_, q_dim, &o, 1, plain_o);
   if (!plain_o) add_residual(worker, l.o_bias, l.attn_post_norm);
   mark(worker, Phase::output);
 
@@ -438,13 +517,13 @@ void Decoder::run_layer(const Worker& worker, const StepInput& in, std::int64_t 
   mark(worker, Phase::norm);
   const Product gate_up[] = {{l.gate.get(), gate_.as<float>() + first * c.ffn_dim, c.ffn_dim},
                              {l.up.get(), up_.as<float>() + first * c.ffn_dim, c.ffn_dim}};
-  multiply_rows(h_, c.dim, gate_up, 2, false);
+  multiply_rows(kGate, h_, c.dim, gate_up, 2, false);
   mark(worker, Phase::gate_up);
   activate(worker, l);
   mark(worker, Phase::activation);
   const bool plain_down = !l.down_bias && !l.ffn_post_norm;
   const Product down{l.down.get(), plain_down ? x : h, c.dim};
-  multiply_rows(gate_, c.ffn_dim, &down, 1, plain_down);
+  multiply_rows(kDown, gate_, c.ffn_dim, &down, 1, plain_down);
   if (!plain_down) add_residual(worker, l.down_bias, l.ffn_post_norm);
   mark(worker, Phase::down);
 }
@@ -463,6 +542,7 @@ void Decoder::step(const StepInput& in, const StepOutput& out) {
     mark(worker, Phase::embed);
     read_ahead(worker, 0);
     for (std::int64_t i = 0; i < config_.num_layers; ++i) run_layer(worker, in, i);
+    pool_rows(worker, in, out);
     yield_rows(worker, in, out);
   });
   profile_.mark(Phase::wait);

@@ -26,7 +26,7 @@ namespace fastllm {
 
 // One row's parameters. Ids lie in [0, n); checked by the caller.
 struct SampleRow {
-  enum Kind : std::int32_t { kSample = 0, kLogprob = 1 };
+  enum Kind : std::int32_t { kSample = 0, kLogprob = 1, kPool = 2 };  // kPool never comes to the sampler
   std::int32_t kind = kSample;
   std::int32_t target = -1;  // kLogprob: the token whose log-probability is wanted
   float temperature = 1.0f;

@@ -11,6 +11,7 @@ constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this 
 constexpr std::int64_t kTokensWorthAPart = 16;    // fewer would spend their time on reading the weights
 constexpr std::int64_t kTokensThatLeaveTime = 8;  // products of fewer are bound by memory themselves
 constexpr std::int64_t kReadAheadBytes = std::int64_t{8} << 20;  // of a layer, at most
+constexpr std::int64_t kTokensInAdapterChunk = 16;
 constexpr double kUneven = 1.05;        // the greatest part may be so much greater than their mean
 constexpr double kAttentionCost = 5.0;  // of a multiply-add, in those of a product
 
@@ -33,16 +34,22 @@ void StepPlan::make(const StepInput& in, const DecoderConfig& config, const KvVi
   items_.clear();
   merges_.clear();
   block_runs_.clear();
+  head_rows_.clear();
+  pool_rows_.clear();
+  adapter_runs_.clear();
+  adapter_chunks_.clear();
   cut_batch(in, config, kv.block_size, threads);
   rows_of_logits_ = 0;
   for (Part& part : parts_) {
+    split_rows(in, part);
     part.logits_at = rows_of_logits_;
-    rows_of_logits_ += std::min(part.rows.size(), part.rows_at_once);
+    rows_of_logits_ += std::min(part.head_rows.size(), part.rows_at_once);
     plan_attention(in, config, part);
     if (parts_.size() == 1) split_decodes(in, config, part.threads.size());
     part.items.end = static_cast<std::int64_t>(items_.size());
     cut_items(in, part);
     plan_read_ahead(in, kv, part);
+    plan_adapters(in, part);
   }
 }
 
@@ -108,6 +115,16 @@ bool StepPlan::cut_sequences(const StepInput& in, const DecoderConfig& config, s
     if (part.rows.size() > part.tokens.size()) return false;  // a part's rows of h hold both
   }
   return row == in.rows;
+}
+
+// Parts and rows are both in the order of the tokens, so the lists are ascending.
+void StepPlan::split_rows(const StepInput& in, Part& part) {
+  part.head_rows.begin = static_cast<std::int64_t>(head_rows_.size());
+  part.pool_rows.begin = static_cast<std::int64_t>(pool_rows_.size());
+  for (std::int64_t row = part.rows.begin; row < part.rows.end; ++row)
+    (in.sample[row].kind == SampleRow::kPool ? pool_rows_ : head_rows_).push_back(row);
+  part.head_rows.end = static_cast<std::int64_t>(head_rows_.size());
+  part.pool_rows.end = static_cast<std::int64_t>(pool_rows_.size());
 }
 
 // Whether a part reads or writes a block that another writes in this step: then all threads have to meet
@@ -241,6 +258,34 @@ void StepPlan::plan_read_ahead(const StepInput& in, const KvView& kv, Part& part
     }
   }
   part.runs.end = static_cast<std::int64_t>(block_runs_.size());
+}
+
+// ---- adapters --------------------------------------------------------------------------------------------
+
+void StepPlan::plan_adapters(const StepInput& in, Part& part) {
+  const auto first = static_cast<std::int64_t>(adapter_runs_.size());
+  part.adapter_runs = {first, first};
+  part.adapter_chunks.begin = part.adapter_chunks.end = static_cast<std::int64_t>(adapter_chunks_.size());
+  if (in.adapter == nullptr) return;
+  for (std::int64_t s = part.sequences.begin; s < part.sequences.end; ++s) {
+    const std::int32_t adapter = in.adapter[s];
+    const std::int32_t begin = in.query_start[s], end = in.query_start[s + 1];
+    if (adapter < 0 || begin == end) continue;
+    const bool goes_on = static_cast<std::int64_t>(adapter_runs_.size()) > first &&
+                         adapter_runs_.back().adapter == adapter && adapter_runs_.back().tokens.end == begin;
+    if (goes_on) {
+      adapter_runs_.back().tokens.end = end;
+    } else {
+      adapter_runs_.push_back({adapter, {begin, end}});
+    }
+  }
+  part.adapter_runs.end = static_cast<std::int64_t>(adapter_runs_.size());
+  for (std::int64_t i = first; i < part.adapter_runs.end; ++i) {
+    const AdapterRun& run = adapter_runs_[static_cast<std::size_t>(i)];
+    for (std::int64_t t = run.tokens.begin; t < run.tokens.end; t += kTokensInAdapterChunk)
+      adapter_chunks_.push_back({run.adapter, {t, std::min(t + kTokensInAdapterChunk, run.tokens.end)}});
+  }
+  part.adapter_chunks.end = static_cast<std::int64_t>(adapter_chunks_.size());
 }
 
 }  // namespace fastllm

@@ -39,23 +39,33 @@ struct Range {
   std::int64_t size() const { return end - begin; }
 };
 
+// Tokens of neighbouring sequences that have one adapter.
+struct AdapterRun {
+  std::int32_t adapter;
+  Range tokens;
+};
+
 // Some of the batch's sequences, and the threads that compute them.
 struct Part {
   Range threads;  // of the pool
   Range sequences, tokens, rows;
+  Range head_rows;  // of StepPlan::head_rows
+  Range pool_rows;  // of StepPlan::pool_rows
   Range items;
   // Thread t takes items [cuts[t], cuts[t + 1]) first, then those that remain.
   std::vector<std::int64_t> cuts;
   Range runs;                               // of blocks to read ahead
+  Range adapter_runs, adapter_chunks;       // both empty where no sequence has an adapter
   std::int32_t longest = 0;                 // sequence
   std::int64_t rows_at_once = kRowsAtOnce;  // of logits
   std::int64_t logits_at = 0;               // the first of them
   std::unique_ptr<Team> team;               // null: the pool's own
 };
 
-// Rows of h and of its int8 form that a part keeps: of its tokens, or those that it yields at a time.
+// Rows of h and of its int8 form that a part keeps: of its tokens, or those that it brings to the head at a
+// time.
 inline std::int64_t rows_in_memory(const Part& part) {
-  return std::max(part.tokens.size(), std::min(part.rows.size(), part.rows_at_once));
+  return std::max(part.tokens.size(), std::min(part.head_rows.size(), part.rows_at_once));
 }
 
 // One thread at work on a part.
@@ -87,8 +97,16 @@ class StepPlan {
   const std::vector<AttentionItem>& items() const { return items_; }
   const std::vector<AttentionMerge>& merges() const { return merges_; }  // of the only part
   const std::vector<BlockRun>& block_runs() const { return block_runs_; }
+  // The same tokens twice: as long as they are, and in pieces for the threads to share.
+  const std::vector<AdapterRun>& adapter_runs() const { return adapter_runs_; }
+  const std::vector<AdapterRun>& adapter_chunks() const { return adapter_chunks_; }
 
   std::int64_t rows_of_logits() const { return rows_of_logits_; }
+
+  // Places among the batch's rows, ascending: of those that the head's product is computed for, and of those
+  // that yield their hidden state instead.
+  const std::vector<std::int64_t>& head_rows() const { return head_rows_; }
+  const std::vector<std::int64_t>& pool_rows() const { return pool_rows_; }
 
   static constexpr std::int32_t kQueriesPerItem = 16;  // queries that one attention item folds together
 
@@ -97,18 +115,22 @@ class StepPlan {
   bool parts_meet(const StepInput& in, std::int32_t block_size);
   bool cut_sequences(const StepInput& in, const DecoderConfig& config, std::int64_t count);
   void set_parts(std::int64_t count, int threads);
+  void split_rows(const StepInput& in, Part& part);
   void plan_attention(const StepInput& in, const DecoderConfig& config, Part& part);
   void split_decodes(const StepInput& in, const DecoderConfig& config, std::int64_t threads);
   void cut_items(const StepInput& in, Part& part);
   void plan_read_ahead(const StepInput& in, const KvView& kv, Part& part);
+  void plan_adapters(const StepInput& in, Part& part);
 
   std::vector<Part> parts_;
   std::vector<std::int32_t> writers_;  // by block, the part that writes it; -1: none
+  std::vector<std::int64_t> head_rows_, pool_rows_;
   std::int64_t rows_of_logits_ = 0;
   std::vector<AttentionItem> items_;
   std::vector<AttentionMerge> merges_;
   AlignedBuffer partials_;            // of the merges
   std::vector<BlockRun> block_runs_;  // what attention reads of a layer, in the order of the items
+  std::vector<AdapterRun> adapter_runs_, adapter_chunks_;
 };
 
 }  // namespace fastllm

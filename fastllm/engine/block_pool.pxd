@@ -16,7 +16,10 @@ cdef class BlockPool:
     cdef list _hash_of  # block -> its content hash, or None
     cdef vector[int32_t] older, newer  # neighbours among the cached blocks; num_blocks = the list's own end
     cdef Py_ssize_t num_idle  # cached blocks
-    cdef public list events  # gets the hash of whatever the index forgets; None: nobody wants to know
+    # Gets what happens to the index, in order: the hash of a block that is forgotten; None when all are; from
+    # the scheduler (hash, hash of the block before, token ids) of one that is remembered. None: nobody
+    # listens.
+    cdef public list events
 
     cpdef Py_ssize_t blocks_for(self, Py_ssize_t num_tokens) noexcept
     cpdef bint can_allocate(self, Py_ssize_t count) noexcept
@@ -24,6 +27,7 @@ cdef class BlockPool:
     cdef int allocate_into(self, vector[int32_t]& table, Py_ssize_t count) except -1
     cdef int free_table(self, vector[int32_t]& table) except -1
     cdef int fork_table(self, const vector[int32_t]& source, vector[int32_t]& target) except -1
+    cdef int truncate_table(self, vector[int32_t]& table, Py_ssize_t count) except -1
     cdef int32_t take_private(self, int32_t shared) except -1
     cdef int give_back_private(self, int32_t private, int32_t shared) except -1
 

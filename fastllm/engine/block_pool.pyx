@@ -157,6 +157,13 @@ cdef class BlockPool:
         table.clear()
         return 0
 
+    cdef int truncate_table(self, vector[int32_t]& table, Py_ssize_t count) except -1:
+        """Give up the entries of table past the first `count`, which are held."""
+        while <Py_ssize_t> table.size() > count:
+            self._release(table.back())
+            table.pop_back()
+        return 0
+
     cdef int _release(self, int32_t block) except -1:
         """One reference less of a block that is held."""
         self.references[block] -= 1
@@ -236,13 +243,15 @@ cdef class BlockPool:
     cpdef int reset_prefix_cache(self) except -1:
         """Forget the content of all blocks. Those that are held stay held, and are shared as they were."""
         cdef int32_t block
-        while self.num_idle:
-            self.free_stack.push_back(self._evict())
         for block in self._block_of.values():
             self._hash_of[block] = None
-        if self.events is not None:
-            self.events.extend(self._block_of)
         self._block_of.clear()
+        while self.num_idle:
+            block = self.newer[self.num_blocks]
+            self._remove_idle(block)
+            self.free_stack.push_back(block)
+        if self.events is not None:
+            self.events.append(None)
         return 0
 
     cdef int32_t _evict(self) except -1:

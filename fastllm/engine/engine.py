@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from fastllm.engine import hooks as events
+from fastllm.engine.adapters import Adapter, Adapters
 from fastllm.engine.block_pool import BlockPool
 from fastllm.engine.completion import (
     Completion,
@@ -25,8 +27,10 @@ from fastllm.engine.completion import (
     row_logprobs,
 )
 from fastllm.engine.constraints import Constraint, Constraints
+from fastllm.engine.drafter import NgramDrafter
 from fastllm.engine.hooks import EngineHook, HookTable, emit
 from fastllm.engine.interrupt import InterruptGuard
+from fastllm.engine.pooling import PooledPrompt, PoolingRequest
 from fastllm.engine.profile import Profile
 from fastllm.engine.request import Request
 from fastllm.engine.scheduler import Scheduler
@@ -35,9 +39,14 @@ from fastllm.engine.step_batch import StepBatch
 from fastllm.engine.stop import StopStrings
 from fastllm.engine.structured import Guides
 from fastllm.errors import EngineDeadError, RequestError
-from fastllm.executor.base import Executor, StepResult
-from fastllm.outputs import RequestOutput
+from fastllm.executor.base import AdapterHost, Executor, PreparedAdapter, Sleeper, StepResult
+from fastllm.outputs import EmbeddingOutput, RequestOutput
+from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +56,7 @@ MAX_SALT_CHARACTERS = 1024
 # sits out a step has lost all of it.
 MASK_SHARE = 0.1
 MAX_MASK_SECONDS = 0.01
+SLEEP_LEVELS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +76,12 @@ class EngineConfig:
         cache_identity: what stands for model and kind of KV cache in the hashes of shared blocks: engines
             with the same one name the same contents alike.
         priority_interval: seconds of waiting that make up for one level of priority.
+        target_itl_ms: milliseconds between two tokens of a sequence that steps are cut to; None: no such
+            target. It decides how much of prompts goes into a step beside running decodes, and how many
+            sequences run.
+        num_speculative_tokens: most tokens of a sequence that a step guesses (`NgramDrafter`); 0: none.
+        prompt_lookup_min: tokens that must have stood somewhere before for a guess at what follows.
+        max_loras: most LoRA adapters loaded at once.
     """
 
     max_model_len: int
@@ -77,6 +93,36 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     cache_identity: str = ""
     priority_interval: float = 10.0
+    target_itl_ms: float | None = None
+    num_speculative_tokens: int = 0
+    prompt_lookup_min: int = 2
+    max_loras: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is, at a moment between two steps.
+
+    Attributes:
+        num_running, num_waiting: sequences.
+        num_free_blocks, num_used_blocks: of the KV cache, the sum of which is its size. Nobody holds a free
+            one.
+        num_cached_blocks: blocks that are known by their content, used or free.
+        kv_usage: used blocks as a share of all, 0..1.
+        num_prefix_queries, num_prefix_hits: prompt tokens looked up in the prefix cache so far, and found
+            there.
+        num_preemptions: sequences preempted so far.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_used_blocks: int
+    num_cached_blocks: int
+    kv_usage: float
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_preemptions: int
 
 
 class Engine:
@@ -116,12 +162,22 @@ class Engine:
             max_model_len=config.max_model_len,
             vocab_size=tokenizer.vocab_size if config.vocab_size is None else config.vocab_size,
             priority_interval=config.priority_interval,
+            target_itl=0.0 if config.target_itl_ms is None else config.target_itl_ms * 1e-3,
+            drafter=(
+                NgramDrafter(config.num_speculative_tokens, config.prompt_lookup_min)
+                if config.num_speculative_tokens
+                else None
+            ),
         )
         self.constraints = Constraints(tokenizer, self.scheduler.vocab_size, tokenizer.eos_token_ids)
         self._guides = Guides()
         self._pace = 0.0  # seconds of the step before, where sequences follow grammars
         self._root = prefix_root("fastllm", config.cache_identity, executor.block_size)
+        host = executor if isinstance(executor, AdapterHost) else None
+        self.adapters = Adapters(host, config.max_loras, self._root)
         self._executor = executor
+        self._sleeper = executor if isinstance(executor, Sleeper) else None
+        self._sleeping = 0  # the level, 0 while it is awake
         self._tokenizer = tokenizer
         self._eos_token_ids = sorted(tokenizer.eos_token_ids)
         self._texts = TokenTexts(tokenizer)
@@ -129,12 +185,14 @@ class Engine:
         self._clock = clock
         self._listeners = tuple(hooks)
         self._hooks = HookTable(self._listeners)
+        if self._hooks.cache:
+            self.scheduler.pool.events = []
         self._profile: Profile | None = None
         self._delivered = 0.0  # when the newest tokens were known
         self._guard = InterruptGuard()
         self._seeds = random.Random(config.seed)
-        self._requests: dict[str, Request] = {}
-        self._ready: list[RequestOutput] = []  # made, but not returned yet
+        self._requests: dict[str, Request | PoolingRequest] = {}
+        self._ready: list[RequestOutput | EmbeddingOutput] = []  # made, but not returned yet
         self._cause: BaseException | None = None  # why the engine is dead
         self._obituary = ""
         self._lost: tuple[str, ...] = ()
@@ -146,19 +204,20 @@ class Engine:
         self,
         request_id: str,
         prompt_token_ids: SequenceOf[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
         constraint: Constraint | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Put a request into the queue. A request that is refused changes nothing.
 
         Args:
             request_id: a name that no unfinished request has.
             prompt_token_ids: at least one id.
-            params: how to sample.
+            params: how to sample; with `PoolingParams` the request gives one `EmbeddingOutput` instead.
             prompt: the prompt's text, handed on to the outputs.
             priority: lower is served first, and may take the place of running requests that are higher; equal
                 ones are served in order of arrival. A level counts for `EngineConfig.priority_interval`
@@ -166,27 +225,34 @@ class Engine:
             cache_salt: requests share cached blocks only with others of the same salt; None is one too.
             constraint: what `constraints.prepare(params)` gave, on another thread. Where it is missing and
                 params call for one it is made here, and the caller waits.
+            adapter: the name of a loaded LoRA adapter; None: the model as it is.
 
         Raises:
-            RequestError: an argument is invalid.
-            CapacityError: the prompt can never fit: it leaves no room for a token in max_model_len, or is
-                longer than the whole KV cache. (max_tokens is no reason to refuse: a sequence that reaches
-                either bound ends with "length".)
+            RequestError: an argument is invalid, or the engine sleeps.
+            CapacityError: the prompt can never fit: it leaves no room for a token in max_model_len (one that
+                is pooled needs none), or is longer than the whole KV cache. (max_tokens is no reason to
+                refuse: a sequence that reaches either bound ends with "length".)
             EngineDeadError: the engine is dead.
         """
         self.check_health()
+        self.check_awake()
         if not isinstance(request_id, str) or not request_id:
             raise RequestError("request_id", request_id, "a non-empty string")
         if request_id in self._requests:
             raise RequestError("request_id", request_id, "a name that no unfinished request has")
-        if not isinstance(params, SamplingParams):
-            raise RequestError("params", params, "SamplingParams")
+        if not isinstance(params, (SamplingParams, PoolingParams)):
+            raise RequestError("params", params, "SamplingParams or PoolingParams")
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise RequestError("priority", priority, f"an integer in {-MAX_PRIORITY}..{MAX_PRIORITY}")
-        root = self._prefix_root(cache_salt)
+        item = None if adapter is None else self.adapters.find(adapter)
+        root = self._prefix_root(cache_salt, item)
         vocab_size = self.scheduler.vocab_size
         packed = pack_token_ids(prompt_token_ids, vocab_size)
         params.check_vocabulary(vocab_size)
+        if isinstance(params, PoolingParams):
+            self.scheduler.length_limit(len(packed), params.max_tokens)
+            self._add_pooling(request_id, packed, params, prompt, priority, root, item)
+            return
         if params.min_tokens:
             stops = set(params.stop_ids) if params.ignore_eos else {*params.stop_ids, *self._eos_token_ids}
             if len(stops) >= vocab_size:
@@ -199,7 +265,7 @@ class Engine:
             constraint = self.constraints.prepare(params)
 
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
-        request = Request(request_id, prompt, packed.tolist(), params, seed, self._clock())
+        request = Request(request_id, prompt, packed.tolist(), params, seed, self._clock(), item)
         stop_strings = StopStrings(params.stop_strings) if params.stop_strings else None
         for index in range(params.n):
             sequence = Sequence(
@@ -213,6 +279,7 @@ class Engine:
                 priority=priority,
                 root=root,
                 bad_words=() if constraint is None else constraint.bad_words,
+                adapter=-1 if item is None else item.index,
             )
             if constraint is not None and constraint.mask is not None:
                 sequence.set_mask(constraint.mask)
@@ -226,18 +293,44 @@ class Engine:
             )
             sequence.owner = (request, completion)
             request.completions.append(completion)
+        self._enqueue(request, constraint)
+
+    def _add_pooling(
+        self,
+        request_id: str,
+        packed: npt.NDArray[np.int32],
+        params: PoolingParams,
+        prompt: str | None,
+        priority: int,
+        root: bytes | None,
+        adapter: Adapter | None,
+    ) -> None:
+        request = PoolingRequest(request_id, prompt, packed.tolist(), params, self._clock(), adapter)
+        index = -1 if adapter is None else adapter.index
+        sequence = Sequence(request_id, packed, params, priority=priority, root=root, adapter=index)
+        pooled = PooledPrompt(sequence)
+        sequence.owner = (request, pooled)
+        request.completions.append(pooled)
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request | PoolingRequest, constraint: Constraint | None = None) -> None:
         with self._guard:
             if constraint is not None and constraint.grammar is not None:
                 for completion in request.completions:
                     self._guides.add(completion.sequence, constraint.grammar)
-            self._requests[request_id] = request
+            self._requests[request.request_id] = request
+            if request.adapter is not None:
+                request.adapter.users += 1
             leader, *followers = [completion.sequence for completion in request.completions]
-            self.scheduler.add(leader, request.metrics.arrival_time, followers)
+            arrival = request.metrics.arrival_time
+            self.scheduler.add(leader, arrival, followers)
             if self._hooks.queued:
-                event = events.Queued(request.metrics.arrival_time, request_id, len(packed), params.n)
+                event = events.Queued(
+                    arrival, request.request_id, len(request.prompt_token_ids), request.params.n
+                )
                 emit(self._hooks.queued, event)
 
-    def _prefix_root(self, cache_salt: str | None) -> bytes | None:
+    def _prefix_root(self, cache_salt: str | None, adapter: Adapter | None) -> bytes | None:
         """What a request's blocks are known by before their tokens; None: they are not shared."""
         if cache_salt is not None and not (
             isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT_CHARACTERS
@@ -246,14 +339,45 @@ class Engine:
             raise RequestError("cache_salt", cache_salt, limit)
         if not self.config.enable_prefix_caching:
             return None
-        if cache_salt is None:
-            return self._root
-        return prefix_root(self._root, cache_salt)
+        root = self._root if adapter is None else adapter.root
+        return root if cache_salt is None else prefix_root(root, cache_salt)
 
     def reset_prefix_cache(self) -> None:
         """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
         with self._guard:
             self.scheduler.pool.reset_prefix_cache()
+            if self.scheduler.pool.events:
+                self._emit_cache_events(self._clock())
+
+    def add_adapter(self, name: str, adapter: PreparedAdapter) -> None:
+        """Load a LoRA adapter. To be called between two steps; reading it beforehand (`adapters.read`) may be
+        done in any thread.
+
+        Raises:
+            RequestError: the name is taken, or the adapter does not fit the model.
+            CapacityError: there are `EngineConfig.max_loras`.
+            EngineDeadError: the engine is dead.
+        """
+        self.check_health()
+        with self._guard:
+            self.adapters.add(name, adapter)
+
+    def remove_adapter(self, name: str) -> bool:
+        """Unload an adapter. No new request finds it; those that have it are served to their end, and with
+        the last one its memory is free. To be called between two steps.
+
+        Returns:
+            Whether there was one of that name.
+        """
+        with self._guard:
+            found = self.adapters.remove(name)
+            self._sweep()
+        return found
+
+    def _sweep(self) -> None:
+        """Free the adapters that nobody uses any more; a step in flight may still name one."""
+        if self.scheduler.in_flight is None and not self._closed:
+            self.adapters.sweep()
 
     def abort(self, request_id: str) -> None:
         """End a request in any state: its blocks are free at once, or when the step in flight is over.
@@ -266,8 +390,9 @@ class Engine:
             with self._guard:
                 self._abort(request)
                 self._ready.append(request.output())
+                self._sweep()
 
-    def _abort(self, request: Request, *, text: bool = True) -> None:
+    def _abort(self, request: Request | PoolingRequest, *, text: bool = True) -> None:
         for completion in request.completions:
             if completion.finish_reason is None:
                 self._guides.discard(completion.sequence)
@@ -285,19 +410,21 @@ class Engine:
                 events.Aborted(request.metrics.finished_time or 0.0, request.request_id, request.metrics),
             )
 
-    def _close(self, request: Request, now: float) -> None:
+    def _close(self, request: Request | PoolingRequest, now: float) -> None:
         request.closed = True
         request.metrics.finished_time = now
         del self._requests[request.request_id]
+        if request.adapter is not None:
+            request.adapter.users -= 1
 
     # ---- steps -------------------------------------------------------------------------------------------
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[RequestOutput | EmbeddingOutput]:
         """Compute one step.
 
         Returns:
-            One output for each request that moved (with FINAL_ONLY: that is finished), in order of arrival,
-            after those of requests that were aborted since the last step.
+            One output for each request that moved (with FINAL_ONLY, or pooling: that is finished), in order
+            of arrival, after those of requests that were aborted since the last step.
 
         Raises:
             EngineDeadError: the executor or the engine itself failed (the failure is chained), now or before.
@@ -318,7 +445,9 @@ class Engine:
             batch = self._schedule(started)
             if batch is None:
                 return
+            called = self._clock()
             result = self._executor.collect(self._executor.submit(batch))
+            scheduler.observe(self._clock() - called)
             moved = scheduler.update(result)
             if self._guides:
                 self._guides.advance(moved)  # the workers go on while outputs are made
@@ -329,10 +458,15 @@ class Engine:
             if scheduler.in_flight is None:  # the step was counted, its tokens are lost
                 raise self._die(error) from error
             scheduler.rollback()  # the same step comes again
+            self._sweep()
             raise
         try:
             now = self._clock()
             self._deliver(moved, result, now)
+            if scheduler.pool.events:
+                self._emit_cache_events(now)
+            if self.adapters.leaving:
+                self._sweep()
             if self._hooks.step:
                 delivery = self._clock() - now
                 emit(
@@ -348,6 +482,10 @@ class Engine:
                         scheduler.pool.num_free,
                         scheduler.pool.num_blocks,
                         delivery,
+                        scheduler.pool.num_cached,
+                        scheduler.num_prefix_queries,
+                        scheduler.num_prefix_hits,
+                        scheduler.num_preemptions,
                     ),
                 )
         except BaseException as error:  # tokens may be lost; going on would give wrong text
@@ -390,6 +528,18 @@ class Engine:
         request.metrics.num_generated_tokens += completion.num_tokens - before
         request.num_running -= 1
 
+    def _emit_cache_events(self, now: float) -> None:
+        """Tell the hooks what has happened to cached blocks since the last time."""
+        pool, table = self.scheduler.pool, self._hooks
+        noted, pool.events = pool.events, []
+        for event in events.cache_events(noted or (), now, pool.block_size):
+            if isinstance(event, events.BlocksStored):
+                emit(table.blocks_stored, event)
+            elif isinstance(event, events.BlocksRemoved):
+                emit(table.blocks_removed, event)
+            else:
+                emit(table.cache_cleared, event)
+
     def _note_scheduled(self, now: float) -> None:
         """Metrics and events of the sequences that this step preempted or admitted."""
         for sequence in self.scheduler.preempted:
@@ -416,7 +566,7 @@ class Engine:
 
     def _deliver(self, moved: Iterable[Sequence], result: StepResult, now: float) -> None:
         """Turn a step's tokens into outputs."""
-        touched: dict[str, Request] = {}
+        touched: dict[str, Request | PoolingRequest] = {}
         for sequence in moved:
             if sequence.owner is None:
                 continue
@@ -424,6 +574,9 @@ class Engine:
             completion: Completion
             request, completion = sequence.owner
             if sequence.num_prompt_rows:
+                if sequence.pools:
+                    self._pool(sequence, result, touched)
+                    continue
                 self._add_prompt_logprobs(request, sequence, result)
             started = request.metrics.first_token_time is not None
             if started and completion.deferred and sequence.finish_reason is None and not self._hooks.tokens:
@@ -452,20 +605,39 @@ class Engine:
         self._delivered = now
         self._report(touched, now)
 
-    def _report(self, touched: Mapping[str, Request], now: float) -> None:
+    def _report(self, touched: Mapping[str, Request | PoolingRequest], now: float) -> None:
         """Make the outputs of requests that moved."""
-        for request in touched.values():
-            if request.closed:
+        for ending in touched.values():
+            if ending.closed:
                 continue
-            if request.num_running == 0:
-                self._close(request, now)
-                self._ready.append(request.output())
+            if ending.num_running == 0:
+                self._close(ending, now)
+                self._ready.append(ending.output())
                 if self._hooks.finished:
-                    reasons = tuple(item.finish_reason or "" for item in request.completions)
-                    event = events.Finished(now, request.request_id, reasons, request.metrics)
+                    reasons = tuple(item.finish_reason or "" for item in ending.completions)
+                    event = events.Finished(now, ending.request_id, reasons, ending.metrics)
                     emit(self._hooks.finished, event)
-            elif request.kind is not RequestOutputKind.FINAL_ONLY:
-                self._ready.append(request.output())
+            elif ending.kind is not RequestOutputKind.FINAL_ONLY:
+                self._ready.append(ending.output())
+
+    def _pool(
+        self, sequence: Sequence, result: StepResult, touched: dict[str, Request | PoolingRequest]
+    ) -> None:
+        """Take in the hidden states of a prompt; `touched` gets the request if that was the end."""
+        request: PoolingRequest
+        pooled: PooledPrompt
+        request, pooled = sequence.owner
+        pooled.advance(result)
+        finish_reason = sequence.finish_reason
+        if finish_reason == "error":
+            logger.error("request %s: the hidden states are not numbers; it ends here", request.request_id)
+            pooled.cut(finish_reason)
+        elif finish_reason is not None:
+            pooled.close(finish_reason)
+        else:
+            return
+        request.num_running = 0
+        touched[request.request_id] = request
 
     def _note_tokens(self, request: Request, sequence: Sequence, count: int, now: float) -> None:
         metrics = request.metrics
@@ -515,7 +687,74 @@ class Engine:
             self._hooks = HookTable(self._listeners)
             self._profile = None
 
+    # ---- sleep -------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back to the system until `wake_up`. Nothing may be unfinished.
+
+        Args:
+            level: 1: the KV cache, whose contents are lost; 2: the weights as well. One that sleeps already
+                may be sent deeper.
+
+        Raises:
+            RequestError: another level; there are unfinished requests, which go on; or an executor that
+                cannot.
+            EngineDeadError: the engine is dead.
+        """
+        self.check_health()
+        check_sleep_level(level)
+        if self.has_unfinished():
+            left = f"{len(self._requests)} unfinished requests, {len(self._ready)} outputs to be fetched"
+            raise RequestError("sleep", left, "none")
+        if self._sleeper is None:
+            raise RequestError("sleep", type(self._executor).__name__, "an executor that can sleep")
+        with self._guard:
+            self.reset_prefix_cache()
+            self._sleeper.sleep(max(self._sleeping, level))
+            self._sleeping = max(self._sleeping, level)
+
+    def wake_up(self) -> None:
+        """Take the memory again that `sleep` gave back; without it, do nothing.
+
+        Raises:
+            RequestError, ModelFileError: the weights cannot be read again: the files are gone, damaged, or of
+                another model. The engine sleeps on, as after any other error.
+            MemoryError: there is no room.
+            EngineDeadError: the engine is dead.
+        """
+        self.check_health()
+        if self._sleeping and self._sleeper is not None:
+            with self._guard:
+                self._sleeper.wake()
+                self._sleeping = 0
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether `sleep` was called and `wake_up` not yet."""
+        return self._sleeping > 0
+
+    def check_awake(self) -> None:
+        """Raises RequestError while the engine sleeps."""
+        if self._sleeping:
+            raise RequestError("is_sleeping", True, "False: the engine takes requests after wake_up()")
+
     # ---- state -------------------------------------------------------------------------------------------
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is. To be called between two steps."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        used = pool.num_blocks - pool.num_free
+        return EngineLoad(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_blocks=pool.num_free,
+            num_used_blocks=used,
+            num_cached_blocks=pool.num_cached,
+            kv_usage=used / pool.num_blocks,
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            num_preemptions=scheduler.num_preemptions,
+        )
 
     @property
     def pool(self) -> BlockPool:
@@ -585,6 +824,7 @@ class Engine:
             AssertionError: the scheduler, or what the engine believes of it, is inconsistent.
         """
         self.scheduler.check()
+        self.adapters.check(request.adapter for request in self._requests.values())
         live = {(item.request_id, item.index): item for item in self.scheduler.running}
         live.update({(item.request_id, item.index): item for item in self.scheduler.waiting})
         for request in self._requests.values():
@@ -594,8 +834,19 @@ class Engine:
             for item in running:
                 if live.pop((request.request_id, item.sequence.index), None) is not item.sequence:
                     raise AssertionError(f"E2: the scheduler does not have {item.sequence!r}")
+                index = -1 if request.adapter is None else request.adapter.index
+                if item.sequence.adapter != index:
+                    raise AssertionError(
+                        f"E5: {item.sequence!r} has adapter {item.sequence.adapter}, not {index}"
+                    )
                 behind = item.sequence.num_output - item.num_tokens
                 if behind < 0 or (behind > 0 and not item.deferred):
                     raise AssertionError(f"E3: {item.num_tokens} tokens delivered of {item.sequence!r}")
         if live:
             raise AssertionError(f"E4: sequences that belong to no request: {list(live)}")
+
+
+def check_sleep_level(level: object) -> None:
+    """Raises RequestError unless `Engine.sleep` knows the level."""
+    if isinstance(level, bool) or level not in SLEEP_LEVELS:
+        raise RequestError("level", level, "one of " + ", ".join(map(str, SLEEP_LEVELS)))

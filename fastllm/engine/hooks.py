@@ -7,7 +7,7 @@ about. An event that no hook listens to is never made.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,10 @@ class Step:
     num_free_blocks: int
     num_blocks: int
     delivery: float  # seconds from having the tokens to having the outputs
+    num_cached_blocks: int  # known by their content, held or free
+    num_prefix_queries: int  # prompt tokens looked up in the prefix cache so far
+    num_prefix_hits: int  # and found there
+    num_preemptions: int  # so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,69 @@ class Aborted:
     metrics: RequestMetrics
 
 
+@dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """Full blocks of the KV cache can be found from now on: a run of one prompt, each after the one before.
+
+    A hash is SHA-256 over the hash before and the block's token ids, little-endian int32.
+    """
+
+    time: float
+    hashes: tuple[bytes, ...]
+    parent_hash: (
+        bytes  # of the block before the first; before a prompt's first block, what stands for model and salt
+    )
+    token_ids: tuple[int, ...]  # of all of them, block_size each
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    """Blocks were given other contents: they can be found no more."""
+
+    time: float
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCleared:
+    """No block that was stored until now can be found any more."""
+
+    time: float
+
+
+CacheEvent = BlocksStored | BlocksRemoved | CacheCleared
+
+
+def cache_events(
+    noted: Sequence[bytes | tuple[bytes, bytes, list[int]] | None], time: float, block_size: int
+) -> Iterator[CacheEvent]:
+    """What a block pool has noted (`BlockPool.events`) as events, in order, neighbours of one kind joined.
+
+    Blocks stored are joined where each follows the one before.
+    """
+    at = 0
+    while at < len(noted):
+        entry = noted[at]
+        if entry is None:
+            at += 1
+            yield CacheCleared(time)
+        elif isinstance(entry, bytes):
+            removed = []
+            while at < len(noted) and isinstance(gone := noted[at], bytes):
+                removed.append(gone)
+                at += 1
+            yield BlocksRemoved(time, tuple(removed))
+        else:
+            hashes = [entry[1]]  # the parent, then the blocks
+            token_ids: list[int] = []
+            while at < len(noted) and isinstance(block := noted[at], tuple) and block[1] == hashes[-1]:
+                hashes.append(block[0])
+                token_ids += block[2]
+                at += 1
+            yield BlocksStored(time, tuple(hashes[1:]), hashes[0], tuple(token_ids), block_size)
+
+
 class EngineHook:
     """Base of all hooks: override what you listen to.
 
@@ -124,6 +191,12 @@ class EngineHook:
 
     def on_aborted(self, event: Aborted) -> None: ...
 
+    def on_blocks_stored(self, event: BlocksStored) -> None: ...
+
+    def on_blocks_removed(self, event: BlocksRemoved) -> None: ...
+
+    def on_cache_cleared(self, event: CacheCleared) -> None: ...
+
 
 Handlers = tuple[Callable[[Any], None], ...]
 
@@ -133,6 +206,9 @@ class HookTable:
 
     __slots__ = (
         "aborted",
+        "blocks_removed",
+        "blocks_stored",
+        "cache_cleared",
         "finished",
         "first_token",
         "preempted",
@@ -159,6 +235,14 @@ class HookTable:
         self.finished = listeners("on_finished")
         self.preempted = listeners("on_preempted")
         self.aborted = listeners("on_aborted")
+        self.blocks_stored = listeners("on_blocks_stored")
+        self.blocks_removed = listeners("on_blocks_removed")
+        self.cache_cleared = listeners("on_cache_cleared")
+
+    @property
+    def cache(self) -> bool:
+        """Whether anybody listens to what happens to cached blocks."""
+        return bool(self.blocks_stored or self.blocks_removed or self.cache_cleared)
 
 
 def emit(handlers: Handlers, event: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastllm.engine.adapters import Adapter
 from fastllm.engine.completion import Completion
 from fastllm.outputs import PromptLogprobs, RequestMetrics, RequestOutput
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
@@ -11,6 +12,7 @@ class Request:
     """A request and its n completions."""
 
     __slots__ = (
+        "adapter",
         "closed",
         "completions",
         "kind",
@@ -33,6 +35,7 @@ class Request:
         params: SamplingParams,
         seed: int,
         arrival_time: float,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -45,6 +48,7 @@ class Request:
         self.prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
         self.sent_prompt_logprobs = False
         self.metrics = RequestMetrics(arrival_time)
+        self.adapter = adapter  # counts among its users from admission until closed
         self.closed = False  # its last output was made
 
     def output(self) -> RequestOutput:

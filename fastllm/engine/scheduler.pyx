@@ -66,9 +66,12 @@ States of a sequence
                                                        needs a block, none is free;
                                                        or a more important one
                                                        waits for seat or blocks
-    RUNNING    FINISHED   update                       stop token or length limit    freed
-    RUNNING    FINISHED   update                       no number where logits ought  freed
-                                                       to be ("error")
+    RUNNING    FINISHED   update                       stop token or length limit;   freed
+                                                       one that pools: its prompt
+                                                       is computed ("stop")
+    RUNNING    FINISHED   update                       no number where logits or     freed
+                                                       hidden states ought to be
+                                                       ("error")
     RUNNING    FINISHED   finish                       stop string (the caller's)    freed
     WAITING    FINISHED   finish                       the same, of a follower that  none
                                                        had no seat
@@ -93,7 +96,7 @@ tokens; the newest token is never in the cache, so it needs at most length_limit
 refuses a prompt that is not below that. So the running sequence with the first deadline, which may preempt
 all others, always finds its block, and with nothing running the head of the queue always fits. That the limit
 is arithmetic known at admission, rather than what the pool happens to have left, also makes a sequence end at
-the same token however it was batched.
+the same token however it was batched. One that pools ends with its prompt, which may fill model and pool.
 
 Invariants (`check` recomputes every one of them)
 =================================================
@@ -103,13 +106,15 @@ Invariants (`check` recomputes every one of them)
     S2  _running and _waiting are in ascending order of (deadline, arrival).
     S3  A waiting sequence has no blocks, nothing computed and nothing scheduled; so has a follower.
     S4  A running sequence has computed less than it knows (there is always a next token to compute), is below
-        its length limit, and has blocks for what is computed and scheduled, but none beyond its known tokens.
+        its length limit (or pools: it is its prompt), and has blocks for what is computed and scheduled, but
+        none beyond its known tokens.
     S5  At most max_num_seqs run.
     S6  The references in the pool are those of the running and the draining sequences.
     S7  The tokens scheduled are those of the step in flight, at most max_num_batched_tokens; with none in
         flight they are zero, and nothing drains.
     S8  A sequence that reports prompt logprobs has reported each computed position, the prompt's last
-        excepted, and none twice (prompt_logprobs_done never falls; after a preemption it is ahead).
+        excepted, and none twice (prompt_rows_done never falls; after a preemption it is ahead); so has one
+        that pools all positions, without exception.
     S9  The blocks that scheduled tokens are written to have one holder.
     S10 The index knows a sequence's block by the hash of its tokens up to the block's end, or not at all; the
         first num_remembered blocks, all computed, were told.
@@ -117,18 +122,31 @@ Invariants (`check` recomputes every one of them)
     S12 The newest token of a sequence that is held is not in the step in flight.
 """
 
+from libc.math cimport INFINITY
 from libc.stdint cimport int32_t
 from libcpp.algorithm cimport binary_search
 
 from fastllm.errors import CapacityError, RequestError
 
 from fastllm.engine.block_pool cimport BlockPool
+from fastllm.engine.drafter cimport NgramDrafter
 from fastllm.engine.sequence cimport (
-    FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, SEQUENCE_ABORTED, SEQUENCE_FINISHED,
+    FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, POOL_MEAN, POOL_NONE,
+    SEQUENCE_ABORTED, SEQUENCE_FINISHED,
     SEQUENCE_FOLLOWING, SEQUENCE_NEW, SEQUENCE_PREEMPTED, SEQUENCE_RUNNING, SEQUENCE_WAITING, FinishReason,
     Sequence, SequenceState,
 )
 from fastllm.engine.step_batch cimport StepBatch
+from fastllm.engine.step_cost cimport StepCost
+
+
+cdef double FIRST_PRICE = 0.4  # of a guess, before anything is known of what steps take
+cdef double PRICE_MARGIN = 1.2  # guesses are worth it only if they pay more than that
+cdef double DEVIATIONS = 2.0  # of the predictions, that steps stay below the target by
+cdef double FOR_DECODES = 0.75  # of the target at most, if there are prompts to come
+cdef Py_ssize_t STEPS_WITHOUT_PROMPTS = 32
+cdef Py_ssize_t LEAST_PROMPT_TOKENS = 16
+cdef double LOWEST_PRICE = 0.15  # a second token may cost nothing, the tenth does
 
 
 cdef class Scheduler:
@@ -141,18 +159,25 @@ cdef class Scheduler:
         max_model_len: most tokens of a sequence, prompt included, >= 2.
         vocab_size: sampled ids must be below it.
         priority_interval: seconds of waiting that make up for one level of priority.
+        drafter: guesses at tokens for sequences that decode; None: nothing is guessed.
+        target_itl: seconds between two tokens of a sequence that steps are cut to, as far as `StepCost` can
+            tell: chunks of prompts get what decodes leave of it, and nothing is admitted that would not leave
+            room for them. 0: steps are as large as max_num_batched_tokens allows.
 
     Attributes:
         admitted, preempted: sequences that the last `schedule` moved, for whoever reports such things.
         num_prefix_queries, num_prefix_hits: prompt tokens that were looked up in the prefix index when their
             sequence was first admitted, and those found there. What a preempted sequence finds again counts
-            in neither.
+            in neither, nor do prompts of which every hidden state is wanted.
+        num_preemptions: sequences preempted so far.
+        num_drafts, num_draft_tokens, num_accepted_tokens: drafts that were computed, their tokens, and those
+            of them that were right.
     """
 
     def __init__(
         self, *, Py_ssize_t num_blocks, Py_ssize_t block_size, Py_ssize_t max_num_seqs,
         Py_ssize_t max_num_batched_tokens, Py_ssize_t max_model_len, Py_ssize_t vocab_size,
-        double priority_interval=10.0,
+        double priority_interval=10.0, NgramDrafter drafter=None, double target_itl=0.0,
     ):
         for name, value, low in (
             ("max_num_seqs", max_num_seqs, 1), ("max_num_batched_tokens", max_num_batched_tokens, 1),
@@ -162,8 +187,13 @@ cdef class Scheduler:
                 raise RequestError(name, value, f"an integer in {low}..2**31-1")
         if not 0.0 <= priority_interval <= 1e9:
             raise RequestError("priority_interval", priority_interval, "seconds in 0..1e9")
+        if not 0.0 <= target_itl <= 1e6:
+            raise RequestError("target_itl", target_itl, "seconds in 0..1e6")
+        self.target_itl = target_itl
         self.pool = BlockPool(num_blocks, block_size)
         self.priority_interval = priority_interval
+        self.drafter = drafter
+        self.cost = StepCost()
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -209,7 +239,7 @@ cdef class Scheduler:
 
         Args:
             num_prompt: tokens of the prompt.
-            max_tokens: tokens to generate at most, or None.
+            max_tokens: tokens to generate at most, or None; 0 where it pools.
 
         Returns:
             min(num_prompt + max_tokens, max_model_len, pool tokens + 1): the newest token of a sequence is
@@ -220,7 +250,12 @@ cdef class Scheduler:
                 the whole pool.
         """
         cdef Py_ssize_t pool_tokens = self.pool.num_blocks * self.pool.block_size
-        if num_prompt >= self.max_model_len:
+        if num_prompt > self.max_model_len - (max_tokens != 0):
+            if max_tokens == 0:
+                raise CapacityError(
+                    "prompt within the model length", asked=num_prompt, had=self.max_model_len,
+                    would_fit=self.max_model_len, unit="prompt tokens",
+                )
             raise CapacityError(
                 f"prompt within a model length of {self.max_model_len} tokens, one of them to generate",
                 asked=num_prompt, had=self.max_model_len - 1, would_fit=self.max_model_len - 1,
@@ -240,19 +275,23 @@ cdef class Scheduler:
         Args:
             sequence: a new sequence.
             now: when it arrived, in seconds; from it and the priority comes its deadline.
-            followers: new sequences of the same prompt and priority.
+            followers: new sequences of the same prompt, priority and adapter.
 
         Raises:
             CapacityError: see `length_limit`. Nothing changed.
-            RequestError: one of them is not new, or a follower has another prompt. Nothing changed.
+            RequestError: one of them is not new, or a follower has another prompt, priority or
+                adapter. Nothing changed.
         """
         cdef Sequence item
         cdef list members = [sequence] if followers is None else [sequence, *followers]
         for item in members:
             if item.state_code != SEQUENCE_NEW:
                 raise RequestError("sequence", item, "a sequence that was never added")
-            if item.tokens != sequence.tokens or item.priority != sequence.priority:
-                raise RequestError("followers", item, "sequences with the leader's prompt and priority")
+            if (item.tokens != sequence.tokens or item.priority != sequence.priority
+                    or item.adapter != sequence.adapter):
+                raise RequestError(
+                    "followers", item, "sequences with the leader's prompt, priority and adapter"
+                )
         limits = [
             self.length_limit(item.num_prompt, None if item.max_tokens < 0 else item.max_tokens)
             for item in members
@@ -303,7 +342,7 @@ cdef class Scheduler:
                 self._make_room()
             room = True
             budget = self._schedule_decodes(batch, self.max_num_batched_tokens, &room)
-            self._schedule_prompts(batch, budget, room)
+            self._schedule_prompts(batch, budget, room, self._seconds_for_prompts(batch))
             if batch.num_tokens == 0:
                 self._end_step()
                 return None
@@ -372,16 +411,16 @@ cdef class Scheduler:
         """Of the available blocks, how many admitting the sequence takes: new ones, and those of its known
         prefix that nobody holds. Sets `hits` to the blocks of that prefix.
 
-        The last token is computed in any case, since the next one follows from it. Logprobs of a prompt are
-        not in the index: what reports them reads only what it has reported already.
+        The last token is computed in any case, since the next one follows from it. Logprobs and hidden states
+        of a prompt are not in the index: what reports them reads only what it has reported already.
         """
         cdef Py_ssize_t idle = 0
         cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
         cdef Py_ssize_t most = (size - 1) // self.pool.block_size
         hits[0] = 0
         if sequence.root is not None:
-            if sequence.num_prompt_logprobs >= 0:
-                most = min(most, sequence.prompt_logprobs_done // self.pool.block_size)
+            if sequence.reports_prompt():
+                most = min(most, sequence.prompt_rows_done // self.pool.block_size)
             sequence.extend_hashes(most, self.pool.block_size)
             hits[0] = self.pool.find_prefix(sequence.hashes, most, &idle)
         return self.pool.blocks_for(size) - hits[0] + idle
@@ -393,6 +432,11 @@ cdef class Scheduler:
         """
         cdef Sequence sequence, victim
         cdef Py_ssize_t i = 0
+        cdef Py_ssize_t spare = 0  # of the budget, for guesses
+        cdef double price = 0.0
+        if self.drafter is not None:
+            price = self._price_of_a_guess()
+            spare = budget - <Py_ssize_t> len(self._running)
         while i < len(self._running) and budget > 0:
             sequence = <Sequence> self._running[i]
             i += 1
@@ -404,8 +448,45 @@ cdef class Scheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     return budget
-            budget -= self._append(batch, sequence, 1)
+            if spare > 0 and not sequence.followers and sequence.may_be_drafted():
+                spare -= self._draft(sequence, spare, price)
+            budget -= self._append(batch, sequence, 1 + <Py_ssize_t> sequence.draft.size())
         return budget
+
+    cdef double _price_of_a_guess(self):
+        """What a drafted token adds to the step, in time that a step takes for one token without drafts; 0
+        or more."""
+        cdef double context = 0.0
+        cdef Py_ssize_t decodes = 0
+        cdef double seconds
+        for item in self._running:
+            if <Py_ssize_t> (<Sequence> item).tokens.size() - (<Sequence> item).num_computed == 1:
+                decodes += 1
+                context += <double> (<Sequence> item).tokens.size()
+        seconds = self.cost.predict(decodes, decodes, context)
+        if decodes == 0 or seconds <= 0.0:
+            return FIRST_PRICE
+        return max(
+            PRICE_MARGIN * decodes * self.cost.per_sampled_token(context / decodes) / seconds, LOWEST_PRICE
+        )
+
+    cdef Py_ssize_t _draft(self, Sequence sequence, Py_ssize_t most, double price) except -1:
+        """Let the drafter guess at most `most` tokens, for which free blocks suffice. Returns how many."""
+        cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
+        cdef Py_ssize_t missing
+        most = min(most, sequence.length_limit - 1 - size)
+        self.drafter.propose(sequence, most, price)
+        missing = self.pool.blocks_for(size + <Py_ssize_t> sequence.draft.size())
+        missing -= <Py_ssize_t> sequence.blocks.size()
+        if missing > 0:
+            if self.pool.can_allocate(missing + <Py_ssize_t> len(self._running)):
+                self.pool.allocate_into(sequence.blocks, missing)
+            else:  # nobody is to be preempted for a guess
+                sequence.draft.clear()
+        if not sequence.draft.empty():
+            self.num_drafts += 1
+            self.num_draft_tokens += <Py_ssize_t> sequence.draft.size()
+        return <Py_ssize_t> sequence.draft.size()
 
     cdef bint _grow(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1:
         """Give a running sequence what it needs to compute `count` tokens: blocks of its own to write to.
@@ -432,15 +513,50 @@ cdef class Scheduler:
         sequence.num_scheduled = count
         return count
 
-    cdef int _schedule_prompts(self, StepBatch batch, Py_ssize_t budget, bint room) except -1:
-        """Spend what is left of the budget on chunks of prompts (or of what was preempted), running and
-        waiting ones, by deadline. Without `room` nothing is admitted; nor is anything past a sequence that
-        does not fit."""
+    cdef double _seconds_for_prompts(self, StepBatch batch):
+        """What the target leaves for prompts beside the decodes in the batch; infinite without either.
+
+        Every now and then prompts get a little even if nothing is left: sequences that decode for long, with
+        a target that they alone exceed, hold the others up, but not for ever.
+        """
+        cdef double left
+        if self.target_itl == 0.0 or batch.num_tokens == 0:
+            self._steps_without_prompts = 0
+            return INFINITY
+        left = self._reach() - self.cost.predict(batch.num_tokens, batch.num_rows, batch.context)
+        self._steps_without_prompts += 1
+        if self._steps_without_prompts > STEPS_WITHOUT_PROMPTS:
+            left = max(left, LEAST_PROMPT_TOKENS * self.cost.per_token(0.0))
+        return left
+
+    cdef double _reach(self):
+        """The target, less what predictions are wrong by."""
+        return max(self.target_itl - DEVIATIONS * self.cost.deviation, 0.5 * self.target_itl)
+
+    cdef bint _keeps_target(self, Sequence newcomer):
+        """Whether steps in which all running sequences and one more decode leave something for prompts. A
+        target that one alone exceeds is no reason to wait."""
+        cdef double context = <double> newcomer.tokens.size()
+        cdef Py_ssize_t count = len(self._running) + 1
+        cdef double most = FOR_DECODES * self._reach()
+        if self.target_itl == 0.0 or count == 1 or self.cost.predict(1.0, 1.0, context) > most:
+            return True
+        for item in self._running:
+            context += <double> (<Sequence> item).tokens.size()
+        return self.cost.predict(count, count, context) <= most
+
+    cdef int _schedule_prompts(
+        self, StepBatch batch, Py_ssize_t budget, bint room, double seconds
+    ) except -1:
+        """Spend what is left of the budget, in tokens and in seconds, on chunks of prompts (or of what was
+        preempted), running and waiting ones, by deadline. Without `room` nothing is admitted; nor is anything
+        past a sequence that does not fit."""
         cdef Sequence sequence, head
         cdef list running = [item for item in self._running if (<Sequence> item).due() > 1]
         cdef Py_ssize_t i = 0
         cdef Py_ssize_t count
-        while budget > 0:
+        cdef double price
+        while budget > 0 and seconds > 0.0:
             sequence = <Sequence> running[i] if i < len(running) else None
             head = <Sequence> self._waiting[0] if room and self._waiting else None
             if head is not None and (sequence is None or _before(head, sequence)):
@@ -453,14 +569,23 @@ cdef class Scheduler:
             else:
                 i += 1
             count = min(sequence.due(), budget)
-            if count > 0:  # else it is held, and all but its newest token was found in the index
-                budget -= self._append(batch, sequence, count)
+            if count <= 0:  # it is held, and all but its newest token was found in the index
+                continue
+            if seconds != INFINITY:
+                price = self.cost.per_token(sequence.num_computed + 0.5 * count)
+                if price > 0.0 and count * price > seconds:
+                    count = max(<Py_ssize_t> (seconds / price), 1)
+                seconds -= count * price
+            self._steps_without_prompts = 0
+            budget -= self._append(batch, sequence, count)
         return 0
 
     cdef bint _admit(self, Sequence sequence) except -1:
         """WAITING, PREEMPTED -> RUNNING for the head of the queue. Returns whether there was room."""
         cdef Py_ssize_t hits = 0
         if not self._has_room(1, self._blocks_to_admit(sequence, &hits)):
+            return False
+        if not self._keeps_target(sequence):
             return False
         del self._waiting[0]
         self.pool.take_prefix(sequence.hashes, hits, sequence.blocks)
@@ -471,8 +596,9 @@ cdef class Scheduler:
         sequence.num_computed = hits * self.pool.block_size
         if sequence.num_preemptions == 0 and sequence.root is not None and sequence.num_output == 0:
             sequence.num_cached = sequence.num_computed
-            self.num_prefix_queries += sequence.num_prompt
-            self.num_prefix_hits += sequence.num_cached
+            if sequence.pooling != POOL_MEAN:
+                self.num_prefix_queries += sequence.num_prompt
+                self.num_prefix_hits += sequence.num_cached
         sequence.state_code = SEQUENCE_RUNNING
         _insert(self._running, sequence)
         self.admitted.append(sequence)
@@ -484,6 +610,7 @@ cdef class Scheduler:
         sequence.num_computed = 0
         sequence.num_remembered = 0
         sequence.num_preemptions += 1
+        self.num_preemptions += 1
         sequence.state_code = SEQUENCE_PREEMPTED
         _insert(self._waiting, sequence)
         self.preempted.append(sequence)
@@ -500,7 +627,7 @@ cdef class Scheduler:
             next schedule: `first_row`, `num_prompt_rows` (logprobs of prompt tokens, the first rows) and
             `num_new` (new tokens, one row each, after those); `finish_reason` and `stop_reason` when it
             ended. A row of token -1 had logits that are not numbers: its sequence ends with "error" and no
-            new token.
+            new token. Of one that pools the rows are hidden states, those from line `first_hidden` on.
 
         Raises:
             RuntimeError: no step is in flight.
@@ -511,10 +638,14 @@ cdef class Scheduler:
             raise RuntimeError("update() needs a step in flight")
         cdef const int32_t[::1] tokens = result.tokens
         cdef Sequence sequence
+        cdef FinishReason reason
         cdef Py_ssize_t i, row
         cdef bint ended = False
+        cdef bint leads
         if tokens.shape[0] != batch.num_rows:
             raise ValueError(f"a result of {tokens.shape[0]} rows for a batch of {batch.num_rows}")
+        if batch.num_hidden and len(result.hidden) != batch.num_hidden:
+            raise ValueError(f"{len(result.hidden)} hidden states for a batch of {batch.num_hidden}")
         for row in range(batch.num_rows):
             if tokens[row] < -1 or tokens[row] >= self.vocab_size:
                 raise ValueError(f"row {row} yields token {tokens[row]} of a vocabulary of {self.vocab_size}")
@@ -524,18 +655,25 @@ cdef class Scheduler:
             sequence = <Sequence> batch.sequences[i]
             if sequence.state_code != SEQUENCE_RUNNING:  # aborted meanwhile
                 continue
-            sequence.num_computed += sequence.num_scheduled
-            sequence.prompt_logprobs_done += sequence.num_prompt_rows
+            sequence.prompt_rows_done += sequence.num_prompt_rows
+            leads = sequence.num_new > 0 and len(sequence.followers) > 0
+            if sequence.pooling != POOL_NONE:
+                reason = self._take_hidden(sequence, tokens)
+            else:
+                reason = self._take_tokens(sequence, tokens)
+            if sequence.draft.empty():
+                sequence.num_computed += sequence.num_scheduled
+            else:  # what came after a wrong guess is computed again
+                sequence.num_computed = <Py_ssize_t> sequence.tokens.size() - 1
             if sequence.root is not None:
                 self._remember(sequence)
-            if sequence.num_new and sequence.followers:
-                followers = self._release_followers(sequence)
+            followers = self._release_followers(sequence) if leads else ()
+            ended |= self._settle(sequence, reason, moved)
+            for item in followers:
+                reason = self._take_tokens(<Sequence> item, tokens)
+                self._settle(<Sequence> item, reason, moved)
+            if leads:
                 forked += followers
-                ended |= self._take_token(sequence, tokens, moved)
-                for item in followers:
-                    self._take_token(<Sequence> item, tokens, moved)
-            else:
-                ended |= self._take_token(sequence, tokens, moved)
         self._end_step()
         if ended:
             self._running = [
@@ -549,7 +687,7 @@ cdef class Scheduler:
         """Tell the prefix index about the blocks that have become full."""
         cdef Py_ssize_t size = self.pool.block_size
         cdef Py_ssize_t full = sequence.num_computed // size
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, j
         if full == sequence.num_remembered:
             return 0
         sequence.extend_hashes(full, size)
@@ -557,7 +695,7 @@ cdef class Scheduler:
             is_new = self.pool.remember(sequence.blocks[i], <bytes> sequence.hashes[i])
             if is_new and self.pool.events is not None:
                 before = sequence.hashes[i - 1] if i else sequence.root
-                tokens = sequence.token_ids[i * size : (i + 1) * size]
+                tokens = [sequence.tokens[j] for j in range(i * size, (i + 1) * size)]
                 self.pool.events.append((sequence.hashes[i], before, tokens))
         sequence.num_remembered = full
         return 0
@@ -590,24 +728,62 @@ cdef class Scheduler:
         _insert(self._waiting, follower)
         return 0
 
-    cdef bint _take_token(self, Sequence sequence, const int32_t[::1] tokens, list moved) except -1:
-        """What the step yielded for a sequence: the token of its sample row, if it has one. Returns whether
-        that ended it."""
-        cdef int32_t token
+    cdef FinishReason _take_tokens(self, Sequence sequence, const int32_t[::1] tokens):
+        """The tokens of its sample rows: the first, and those after drafted ones that were guessed right.
+        Sets num_new to their number. Returns whether the last of them ends it."""
         cdef FinishReason reason = FINISH_NONE
-        if sequence.num_new:
-            token = tokens[sequence.first_row + sequence.num_prompt_rows]
+        cdef Py_ssize_t drafted = <Py_ssize_t> sequence.draft.size()
+        cdef Py_ssize_t first = sequence.first_row + sequence.num_prompt_rows
+        cdef Py_ssize_t made = 0
+        cdef Py_ssize_t right = 0
+        cdef int32_t token
+        while made < sequence.num_new and reason == FINISH_NONE:
+            token = tokens[first + made]
             if token < 0:
-                sequence.num_new = 0
-                reason = FINISH_ERROR
-            else:
-                sequence.tokens.push_back(token)
-                reason = self._finish_of(sequence)
-            if reason != FINISH_NONE:
-                self._retire(sequence, SEQUENCE_FINISHED, reason)
+                if made == 0:
+                    reason = FINISH_ERROR
+                break  # else the next step ends it
+            sequence.tokens.push_back(token)
+            reason = self._finish_of(sequence)
+            made += 1
+            if made > drafted or token != sequence.draft[made - 1]:
+                break
+            right += 1
+        self.num_accepted_tokens += right
+        if made and self.drafter is not None:
+            if drafted == 0:  # what might have been is held against what came
+                self.drafter.learn(sequence, 1, sequence.tokens.back() == sequence.guess)
+            else:  # what comes after the end was neither right nor wrong
+                self.drafter.learn(sequence, drafted if right < made else right, right)
+        sequence.num_new = made
+        return reason
+
+    cdef bint _settle(self, Sequence sequence, FinishReason reason, list moved) except -1:
+        """After its tokens were taken. Returns whether it ended."""
+        if reason != FINISH_NONE:
+            self._retire(sequence, SEQUENCE_FINISHED, reason)
         if sequence.num_new or sequence.num_prompt_rows or reason == FINISH_ERROR:
             moved.append(sequence)
         return reason != FINISH_NONE
+
+    cdef FinishReason _take_hidden(self, Sequence sequence, const int32_t[::1] tokens):
+        """One that pools has computed a chunk: whether that ends it, and why."""
+        cdef Py_ssize_t row
+        for row in range(sequence.first_row, sequence.first_row + sequence.num_prompt_rows):
+            if tokens[row] < 0:
+                return FINISH_ERROR
+        if sequence.num_computed + sequence.num_scheduled == sequence.num_prompt:
+            return FINISH_STOP
+        return FINISH_NONE
+
+    cpdef int observe(self, double seconds) except -1:
+        """Say what the step in flight took to compute, before its update."""
+        if self.in_flight is not None:
+            self.cost.observe(
+                self.in_flight.num_tokens, self.in_flight.num_rows - self.in_flight.num_hidden,
+                self.in_flight.context, seconds,
+            )
+        return 0
 
     cpdef int rollback(self) except -1:
         """Forget the step in flight, if there is one; what it would have computed is scheduled again."""
@@ -699,7 +875,13 @@ cdef class Scheduler:
         """No step is in flight any more: nothing is scheduled, and what drained is gone."""
         cdef Sequence sequence
         for item in self.in_flight.sequences:
-            (<Sequence> item).num_scheduled = 0
+            sequence = <Sequence> item
+            sequence.num_scheduled = 0
+            if not sequence.draft.empty():
+                sequence.draft.clear()
+                self.pool.truncate_table(
+                    sequence.blocks, self.pool.blocks_for(<Py_ssize_t> sequence.tokens.size())
+                )
         for item in self._draining:
             sequence = <Sequence> item
             self.pool.free_table(sequence.blocks)
@@ -753,11 +935,12 @@ cdef class Scheduler:
             known = <Py_ssize_t> sequence.tokens.size()
             held = <Py_ssize_t> sequence.blocks.size()
             _require("S4", sequence.num_computed < known, sequence, "has no next token to compute")
-            _require("S4", known < sequence.length_limit, sequence, "is at its length limit")
+            limit = sequence.length_limit + (sequence.pooling != POOL_NONE)
+            _require("S4", known < limit, sequence, "is at its length limit")
             waits = not sequence.held or sequence.num_computed + sequence.num_scheduled < known
             _require("S12", waits, sequence, "is held, but its newest token is scheduled")
             least = self.pool.blocks_for(sequence.num_computed + sequence.num_scheduled)
-            fits = least <= held <= self.pool.blocks_for(known)
+            fits = least <= held <= max(least, self.pool.blocks_for(known))
             _require("S4", fits, sequence, "has too few or too many blocks")
             first = sequence.num_computed // self.pool.block_size
             for i in range(first, least if sequence.num_scheduled else first):
@@ -777,11 +960,11 @@ cdef class Scheduler:
             _require("S7", scheduled == total, None, f"{scheduled} tokens scheduled, {total} in the batch")
             _require("S7", 0 < total <= self.max_num_batched_tokens, None, f"a step of {total} tokens")
         for sequence in (*self._running, *self._waiting):
-            if sequence.num_prompt_logprobs >= 0:
-                due = min(sequence.num_computed, sequence.num_prompt - 1)
-                done = sequence.prompt_logprobs_done
+            if sequence.reports_prompt():
+                due = min(sequence.num_computed, sequence.num_prompt - (sequence.pooling == POOL_NONE))
+                done = sequence.prompt_rows_done
                 exact = done == due if sequence.num_preemptions == 0 else due <= done < sequence.num_prompt
-                _require("S8", exact, sequence, f"has reported {done} prompt logprobs, {due} are due")
+                _require("S8", exact, sequence, f"has reported {done} of its prompt, {due} are due")
 
 
 cdef bint _before(Sequence one, Sequence other) noexcept:

@@ -14,12 +14,21 @@ cdef enum SequenceState:  # drawn in scheduler.pyx
     SEQUENCE_ABORTED = 5
     SEQUENCE_FOLLOWING = 6
 
+cdef enum:
+    MATCH_KINDS = 3
+
 cdef enum FinishReason:
     FINISH_NONE = 0
     FINISH_STOP = 1
     FINISH_LENGTH = 2
     FINISH_ABORT = 3
     FINISH_ERROR = 4
+
+
+cdef enum Pooling:  # what becomes of the hidden states of the prompt
+    POOL_NONE = 0  # nothing: the sequence generates tokens
+    POOL_LAST = 1  # that of the last token is wanted
+    POOL_MEAN = 2  # those of all tokens are
 
 
 cdef class Sequence:
@@ -66,10 +75,11 @@ cdef class Sequence:
     cdef int32_t top_k  # 0 = all
     cdef bint penalized  # any of the three penalties is on
     cdef readonly uint64_t seed
-    cdef int32_t adapter  # -1 = none
+    cdef readonly int32_t adapter  # index in the executor; -1 = none
     cdef int32_t num_logprobs  # -1 = none
     cdef int32_t num_prompt_logprobs  # -1 = none
-    cdef readonly Py_ssize_t prompt_logprobs_done  # positions whose successor's logprob was reported
+    cdef Pooling pooling
+    cdef readonly Py_ssize_t prompt_rows_done  # positions reported: hidden states, or the successor's logprob
     cdef vector[int32_t] bias_ids
     cdef vector[float] bias_values
 
@@ -80,18 +90,31 @@ cdef class Sequence:
     cdef Py_ssize_t mask_width
     cdef vector[int32_t] bad_words  # token ids, one word after the other
     cdef vector[Py_ssize_t] bad_ends  # where each word ends
+    # Speculation.
+    cdef vector[int32_t] draft  # tokens computed in the step in flight besides those that are known
+    cdef int32_t guess  # the first of what might come next, drafted or not; -1 = none
+    cdef int match_kind  # what it comes from
+    cdef float acceptance[MATCH_KINDS]  # how often such guesses were right of late, 0..1
 
     # What the last update brought; valid until the next schedule.
     cdef readonly Py_ssize_t first_row  # of the rows of the step's result
-    cdef readonly Py_ssize_t num_prompt_rows  # logprobs of prompt tokens, the first of its rows
+    cdef readonly Py_ssize_t num_prompt_rows  # logprobs or hidden states of the prompt, the first of its rows
+    cdef readonly Py_ssize_t first_hidden  # of the lines of the result's hidden states, if it pools
     cdef readonly Py_ssize_t num_new  # new tokens, one row each, after those
 
+    cdef inline bint reports_prompt(self) noexcept:
+        """Whether something of every position of the prompt is reported, so that each has to be computed."""
+        return self.num_prompt_logprobs >= 0 or self.pooling == POOL_MEAN
+    cdef int _sample_with(self, params, eos_token_ids, bint report_prompt) except -1
     cdef int extend_hashes(self, Py_ssize_t count, Py_ssize_t block_size) except -1
     cpdef int set_mask(self, const uint32_t[::1] mask, bint ends=*) except -1
     cpdef int hold(self) except -1
     cdef inline Py_ssize_t due(self) noexcept:
         """Tokens that a step may compute. The newest one waits while what may follow it is not known."""
         return <Py_ssize_t> self.tokens.size() - self.num_computed - self.held
-    cdef inline bint may_stop(self) noexcept:
-        """Whether the next token may be one that ends the sequence."""
-        return <Py_ssize_t> self.tokens.size() - self.num_prompt >= self.min_tokens
+    cdef inline bint may_be_drafted(self) noexcept:
+        """Whether the tokens after the next one may be guessed: what is allowed depends on none of them."""
+        return self.pooling == POOL_NONE and self.mask_words == NULL and self.bad_ends.empty()
+    cdef inline bint may_stop(self, Py_ssize_t drafted) noexcept:
+        """Whether the token after so many drafted ones may be one that ends the sequence."""
+        return <Py_ssize_t> self.tokens.size() + drafted - self.num_prompt >= self.min_tokens

@@ -17,7 +17,9 @@ from hashlib import sha256
 import numpy as np
 
 from fastllm.errors import RequestError
+from fastllm.pooling_params import PoolingParams
 
+cdef float[MATCH_KINDS] FIRST_ACCEPTANCE = [0.3, 0.5, 0.8]
 cdef tuple STATE_NAMES = ("new", "waiting", "running", "preempted", "finished", "aborted", "following")
 cdef tuple FINISH_REASONS = (None, "stop", "length", "abort", "error")
 
@@ -28,7 +30,7 @@ cdef class Sequence:
     Args:
         request_id: the request it belongs to.
         prompt: token ids, int32 (prompt_len,), prompt_len >= 1 (see `pack_token_ids`).
-        params: `SamplingParams`, already validated.
+        params: `SamplingParams`, already validated; or `PoolingParams`: it ends with its prompt.
         index: which of the request's n it is; part of its random key.
         seed: the rest of its random key, uint64.
         eos_token_ids: ids that end it unless `params.ignore_eos`.
@@ -38,13 +40,14 @@ cdef class Sequence:
             its blocks are never shared with other requests.
         bad_words: token ids of words, each at least one: the last of a word's tokens is not sampled where the
             output ends with those before it.
+        adapter: index of its LoRA adapter in the executor, which `root` must stand for too; -1: none.
         owner: an object to find again from the sequence.
     """
 
     def __init__(
         self, str request_id not None, const int32_t[::1] prompt not None, params, *, Py_ssize_t index=0,
         seed=0, eos_token_ids=(), bint report_prompt=True, owner=None, Py_ssize_t priority=0,
-        bytes root=None, bad_words=(),
+        bytes root=None, int32_t adapter=-1, bad_words=(),
     ):
         if prompt.shape[0] == 0:
             raise RequestError("prompt_token_ids", [], "at least one token id")
@@ -53,12 +56,30 @@ cdef class Sequence:
         self.owner = owner
         self.arrival = -1
         self.priority = priority
+        self.guess = -1
+        self.acceptance = FIRST_ACCEPTANCE
         self.root = root
         self.hashes = []
         self.followers = []
         self.num_prompt = prompt.shape[0]
         self.tokens.assign(&prompt[0], &prompt[0] + prompt.shape[0])
 
+        self.repetition = 1.0
+        self.top_p = 1.0
+        self.seed = seed
+        self.adapter = adapter
+        self.num_logprobs = -1
+        self.num_prompt_logprobs = -1
+        if isinstance(params, PoolingParams):
+            self.pooling = POOL_MEAN if params.pooling == "mean" else POOL_LAST
+        else:
+            self._sample_with(params, eos_token_ids, report_prompt)
+            for word in bad_words:
+                for token in word:
+                    self.bad_words.push_back(token)
+                self.bad_ends.push_back(<Py_ssize_t> self.bad_words.size())
+
+    cdef int _sample_with(self, params, eos_token_ids, bint report_prompt) except -1:
         self.max_tokens = -1 if params.max_tokens is None else params.max_tokens
         self.min_tokens = params.min_tokens
         if not params.ignore_eos:
@@ -74,26 +95,19 @@ cdef class Sequence:
         self.presence = params.presence_penalty
         self.frequency = params.frequency_penalty
         self.penalized = self.repetition != 1.0 or self.presence != 0.0 or self.frequency != 0.0
-        self.top_p = 1.0
         if not params.greedy:  # else all stay neutral: the most likely token survives every filter anyway
             self.temperature = params.temperature
             self.top_p = params.top_p
             self.top_k = max(params.top_k, 0)
             self.min_p = params.min_p
-        self.seed = seed
-        self.adapter = -1
         self.num_logprobs = -1 if params.logprobs is None else params.logprobs
-        self.num_prompt_logprobs = -1
         if report_prompt and params.prompt_logprobs is not None:
             self.num_prompt_logprobs = params.prompt_logprobs
         if params.logit_bias:
             for token, bias in params.logit_bias.items():
                 self.bias_ids.push_back(token)
                 self.bias_values.push_back(bias)
-        for word in bad_words:
-            for token in word:
-                self.bad_words.push_back(token)
-            self.bad_ends.push_back(<Py_ssize_t> self.bad_words.size())
+        return 0
 
     cpdef int set_mask(self, const uint32_t[::1] mask, bint ends=False) except -1:
         """Say what it may sample next, and that it is held no longer. Only between update and schedule.
@@ -142,6 +156,11 @@ cdef class Sequence:
     def finish_reason(self):
         """"stop", "length", "abort", or None while it is alive."""
         return FINISH_REASONS[<int> self.finish_code]
+
+    @property
+    def pools(self):
+        """Whether it yields hidden states of its prompt instead of tokens."""
+        return self.pooling != POOL_NONE
 
     @property
     def num_tokens(self):

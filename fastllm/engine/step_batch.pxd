@@ -33,7 +33,10 @@ cdef class StepBatch:
     cdef readonly Py_ssize_t num_tokens  # T
     cdef readonly Py_ssize_t num_seqs  # S
     cdef readonly Py_ssize_t num_rows  # R
+    cdef readonly Py_ssize_t num_hidden  # P
     cdef readonly Py_ssize_t num_prefill_tokens  # tokens of chunks, the rest are decodes
+    cdef readonly Py_ssize_t num_draft_tokens  # of the decodes
+    cdef readonly double context  # positions that attention reads, summed over the tokens
     cdef list sequences  # (S,)
     cdef list copies  # (sequence, index in its block table) of each block that is a copy
 
@@ -56,9 +59,12 @@ cdef class StepBatch:
     cdef int undo_copies(self, BlockPool pool) except -1
     cdef int seal(self) except -1
     cdef int _reserve_rows(self, Py_ssize_t count) except -1
-    cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind) except -1
+    cdef int _append_pool_rows(
+        self, Sequence sequence, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t first
+    ) except -1
+    cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind, Py_ssize_t drafted) except -1
     cdef int _append_mask(self, Sequence sequence, Py_ssize_t row) except -1
     cdef int _append_bad_words(self, Sequence sequence) except -1
-    cdef int _append_lists(self, Sequence sequence, Py_ssize_t row) except -1
+    cdef int _append_lists(self, Sequence sequence, Py_ssize_t row, Py_ssize_t drafted) except -1
     cdef int _fill_block_tables(self) except -1
     cdef int _publish(self) except -1

@@ -16,10 +16,11 @@ import numpy as np
 from fastllm.executor import base as _contract
 
 from fastllm.engine.block_pool cimport BlockPool
-from fastllm.engine.sequence cimport Sequence
+from fastllm.engine.sequence cimport POOL_MEAN, POOL_NONE, Sequence
 
 cdef int KIND_SAMPLE = _contract.ROW_SAMPLE
 cdef int KIND_LOGPROB = _contract.ROW_LOGPROB
+cdef int KIND_POOL = _contract.ROW_POOL
 
 
 cdef class Column:
@@ -111,26 +112,35 @@ cdef class StepBatch:
         """Empty the batch. The first entries of query_start and the CSR starts stay 0 for good."""
         self.sequences.clear()
         self.copies.clear()
-        self.num_tokens = self.num_seqs = self.num_rows = self.num_prefill_tokens = 0
+        self.num_tokens = self.num_seqs = self.num_rows = self.num_prefill_tokens = self.num_hidden = 0
+        self.num_draft_tokens = 0
+        self.context = 0.0
         self.num_bias = self.num_banned = self.num_masks = self.num_history = 0
         self.table_width = 1
         return 0
 
     cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1:
-        """Add the next count tokens of a sequence, and the rows that they yield.
+        """Add the next count tokens of a sequence, its draft's included, and the rows that they yield.
 
         Its block table covers them. A chunk that reaches the newest token yields a sample, one for each of
-        its followers too; chunks of a prompt whose logprobs are wanted yield one row for each position whose
-        successor is prompt too, unless an earlier step, before a preemption, has reported it.
+        its followers too, and one for each token of a draft behind it. Chunks of a prompt whose logprobs are
+        wanted yield one row for each position whose successor is prompt too, unless an earlier step, before a
+        preemption, has reported it. Instead of all this one that pools yields hidden states: of each position
+        not reported yet, or of the last alone.
         """
         cdef Py_ssize_t start = sequence.num_computed
         cdef Py_ssize_t stop = start + count
+        cdef Py_ssize_t drafted = <Py_ssize_t> sequence.draft.size()
+        cdef Py_ssize_t known = count - drafted
         cdef Py_ssize_t first = self.num_tokens
         cdef Py_ssize_t s = self.num_seqs
         cdef Py_ssize_t i, position
         cdef Sequence follower
         cdef int32_t* positions = <int32_t*> self._positions.data + first
-        memcpy(<int32_t*> self._token_ids.data + first, &sequence.tokens[start], count * sizeof(int32_t))
+        cdef int32_t* token_ids = <int32_t*> self._token_ids.data + first
+        memcpy(token_ids, &sequence.tokens[start], known * sizeof(int32_t))
+        if drafted:
+            memcpy(token_ids + known, sequence.draft.data(), drafted * sizeof(int32_t))
         for i in range(count):
             positions[i] = <int32_t> (start + i)
         pool.fill_slots(<int32_t*> self._slot_mapping.data + first, sequence.blocks, start, count)
@@ -142,30 +152,52 @@ cdef class StepBatch:
         sequence.first_row = self.num_rows
         sequence.num_prompt_rows = 0
         sequence.num_new = 0
-        if sequence.num_prompt_logprobs >= 0:
-            position = max(start, sequence.prompt_logprobs_done)
+        if sequence.pooling != POOL_NONE:
+            self._append_pool_rows(sequence, start, stop, first)
+        elif sequence.num_prompt_logprobs >= 0:
+            position = max(start, sequence.prompt_rows_done)
             while position < stop and position < sequence.num_prompt - 1:
-                self._append_row(sequence, first + position - start, KIND_LOGPROB)
+                self._append_row(sequence, first + position - start, KIND_LOGPROB, 0)
                 sequence.num_prompt_rows += 1
                 position += 1
-        if stop == <Py_ssize_t> sequence.tokens.size():
-            self._append_row(sequence, first + count - 1, KIND_SAMPLE)
-            sequence.num_new = 1
+        if stop - drafted == <Py_ssize_t> sequence.tokens.size() and sequence.pooling == POOL_NONE:
+            for i in range(drafted + 1):
+                self._append_row(sequence, first + known - 1 + i, KIND_SAMPLE, i)
+            sequence.num_new = drafted + 1
             for item in sequence.followers:
                 follower = <Sequence> item
                 follower.first_row = self.num_rows
                 follower.num_prompt_rows = 0
                 follower.num_new = 1
-                self._append_row(follower, first + count - 1, KIND_SAMPLE)
+                self._append_row(follower, first + count - 1, KIND_SAMPLE, 0)
 
-        if count > 1 or start < sequence.num_prompt:
+        if known > 1 or start < sequence.num_prompt:
             self.num_prefill_tokens += count
+        self.num_draft_tokens += drafted
+        self.context += 0.5 * count * (start + stop + 1)
         self.num_tokens += count
         self.num_seqs += 1
         self.sequences.append(sequence)
         return 0
 
-    cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind) except -1:
+    cdef int _append_pool_rows(
+        self, Sequence sequence, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t first
+    ) except -1:
+        """The rows of a sequence that pools; its positions start .. stop-1 are the tokens from `first` on."""
+        cdef Py_ssize_t position = sequence.num_prompt - 1
+        if sequence.pooling == POOL_MEAN:
+            position = sequence.prompt_rows_done
+        position = max(start, position)
+        sequence.first_hidden = self.num_hidden
+        while position < stop:
+            self._append_row(sequence, first + position - start, KIND_POOL, 0)
+            sequence.num_prompt_rows += 1
+            position += 1
+        self.num_hidden += sequence.num_prompt_rows
+        return 0
+
+    cdef int _append_row(self, Sequence sequence, Py_ssize_t token, int kind, Py_ssize_t drafted) except -1:
+        """Add a row for the token at a place of the step; before it lie so many drafted ones."""
         cdef Py_ssize_t row = self.num_rows
         self._reserve_rows(row + 1)
         cdef bint sampled = kind == KIND_SAMPLE
@@ -173,7 +205,9 @@ cdef class StepBatch:
         (<int32_t*> self._row_seq.data)[row] = <int32_t> self.num_seqs
         (<int32_t*> self._row_token.data)[row] = <int32_t> token
         (<int32_t*> self._row_kind.data)[row] = kind
-        (<int32_t*> self._row_target.data)[row] = -1 if sampled else sequence.tokens[position + 1]
+        (<int32_t*> self._row_target.data)[row] = (
+            sequence.tokens[position + 1] if kind == KIND_LOGPROB else -1
+        )
         (<int32_t*> self._num_logprobs.data)[row] = (
             sequence.num_logprobs if sampled else sequence.num_prompt_logprobs
         )
@@ -189,7 +223,7 @@ cdef class StepBatch:
         (<int32_t*> self._history_prompt_len.data)[row] = 0
         (<int32_t*> self._mask_row.data)[row] = -1
         if sampled:
-            self._append_lists(sequence, row)
+            self._append_lists(sequence, row, drafted)
             if sequence.mask_words != NULL:
                 self._append_mask(sequence, row)
         (<int32_t*> self._bias_start.data)[row + 1] = <int32_t> self.num_bias
@@ -233,7 +267,7 @@ cdef class StepBatch:
         self.copies.clear()
         return 0
 
-    cdef int _append_lists(self, Sequence sequence, Py_ssize_t row) except -1:
+    cdef int _append_lists(self, Sequence sequence, Py_ssize_t row, Py_ssize_t drafted) except -1:
         """The lists of a row that samples: biases, banned ids, the history that penalties look at."""
         cdef Py_ssize_t size = <Py_ssize_t> sequence.bias_ids.size()
         if size:
@@ -249,7 +283,7 @@ cdef class StepBatch:
             )
             self.num_bias += size
         size = <Py_ssize_t> sequence.banned_ids.size()
-        if size and not sequence.may_stop():
+        if size and not sequence.may_stop(drafted):
             self._banned_ids.reserve(self.num_banned + size)
             memcpy(
                 <int32_t*> self._banned_ids.data + self.num_banned, sequence.banned_ids.data(),
@@ -260,12 +294,18 @@ cdef class StepBatch:
             self._append_bad_words(sequence)
         if sequence.penalized:
             size = <Py_ssize_t> sequence.tokens.size()
-            self._history.reserve(self.num_history + size)
+            self._history.reserve(self.num_history + size + drafted)
             memcpy(
                 <int32_t*> self._history.data + self.num_history, sequence.tokens.data(),
                 size * sizeof(int32_t),
             )
             self.num_history += size
+            if drafted:
+                memcpy(
+                    <int32_t*> self._history.data + self.num_history, sequence.draft.data(),
+                    drafted * sizeof(int32_t),
+                )
+                self.num_history += drafted
             (<int32_t*> self._history_prompt_len.data)[row] = <int32_t> sequence.num_prompt
         return 0
 

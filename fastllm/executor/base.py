@@ -5,8 +5,9 @@ The engine knows nothing else of CPU or GPU. All arrays are NumPy, C-contiguous,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ UInt64Array = npt.NDArray[np.uint64]
 
 ROW_SAMPLE = 0  # row_kind: sample the token that follows
 ROW_LOGPROB = 1  # row_kind: the logprob of a given token, row_target
+ROW_POOL = 2  # row_kind: the hidden state of the token, after the final norm; nothing is sampled
+
+NO_HIDDEN: Float32Array = np.zeros((0, 0), dtype=np.float32)
 
 
 class StepBatch(Protocol):
@@ -39,16 +43,16 @@ class StepBatch(Protocol):
     seq_lens: Int32Array  # (S,) context length with this step's tokens
     block_tables: Int32Array  # (S, max_blocks) unused entries 0
     copy_blocks: Int32Array  # (C, 2) source, target; done before anything else
-    adapter: Int32Array  # (S,) -1 = none
+    adapter: Int32Array  # (S,) index of a loaded adapter, see AdapterHost; -1 = none
 
     # What to yield.
     row_seq: Int32Array  # (R,) in 0..S-1, ascending
     row_token: Int32Array  # (R,) in 0..T-1, ascending: the token whose hidden state is used
-    row_kind: Int32Array  # (R,) ROW_SAMPLE or ROW_LOGPROB
-    row_target: Int32Array  # (R,) ROW_LOGPROB: the token wanted; ROW_SAMPLE: -1
+    row_kind: Int32Array  # (R,) ROW_SAMPLE, ROW_LOGPROB or ROW_POOL
+    row_target: Int32Array  # (R,) ROW_LOGPROB: the token wanted; others: -1
     num_logprobs: Int32Array  # (R,) -1 = none, n >= 0 = that token and the top n
 
-    # How to sample; neutral in ROW_LOGPROB rows.
+    # How to sample; neutral in rows of another kind.
     temperature: Float32Array  # (R,) 0 = greedy
     top_k: Int32Array  # (R,) 0 = all
     top_p: Float32Array  # (R,) 1 = all
@@ -75,12 +79,15 @@ class StepResult:
     """What R rows of one StepBatch yield. Logprobs are taken from the raw logits.
 
     Attributes:
-        tokens: int32 (R,). The sampled token; in ROW_LOGPROB rows the target again.
+        tokens: int32 (R,). The sampled token; in ROW_LOGPROB rows the target again, in ROW_POOL rows 0. -1
+            where logits or hidden state are not numbers.
         logprob: float32 (R,). Of that token. Read only where num_logprobs >= 0.
         rank: int32 (R,). Of that token; 1 = most likely. Read only where num_logprobs >= 0.
         top_ids: int32 (R, L), best first; L >= every num_logprobs of the batch. Entries past a row's own
             number are undefined.
         top_logprobs: float32 (R, L).
+        hidden: float32 (P, dim), one line for each of the P ROW_POOL rows, in order; without any it has no
+            lines.
     """
 
     tokens: Int32Array
@@ -88,6 +95,7 @@ class StepResult:
     rank: Int32Array
     top_ids: Int32Array
     top_logprobs: Float32Array
+    hidden: Float32Array = field(default_factory=lambda: NO_HIDDEN)
 
 
 class Executor(Protocol):
@@ -120,6 +128,52 @@ class Executor(Protocol):
         ...
 
 
+class PreparedAdapter(Protocol):
+    """A LoRA adapter in the form in which the executor that read it takes it."""
+
+    @property
+    def path(self) -> Path:
+        """The directory that it was read from."""
+        ...
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that stand for its contents."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """The largest of its ranks."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        ...
+
+
+@runtime_checkable
+class AdapterHost(Protocol):
+    """What an executor has besides if sequences may have adapters (`StepBatch.adapter`)."""
+
+    def read_adapter(self, path: Path) -> PreparedAdapter:
+        """Read and convert an adapter. From any thread, while steps run.
+
+        Raises:
+            RequestError, ModelFileError, UnsupportedModelError, CapacityError: it cannot be used.
+        """
+        ...
+
+    def load_adapter(self, index: int, adapter: Any) -> None:
+        """Between two steps: sequences of this index, from 0, use the adapter, a `PreparedAdapter` of this
+        executor. Takes no time."""
+        ...
+
+    def unload_adapter(self, index: int) -> None:
+        """Between two steps: forget it. No later step names the index until it is loaded again."""
+        ...
+
+
 @runtime_checkable
 class PhaseTimer(Protocol):
     """What an executor has besides if it can tell where the time of its steps goes."""
@@ -131,4 +185,25 @@ class PhaseTimer(Protocol):
     @property
     def phase_seconds(self) -> dict[str, float]:
         """Seconds that the phases of all steps took since `profile(True)`, by name, in order."""
+        ...
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """What an executor has besides if it can give its memory back for a while. Called between steps."""
+
+    def sleep(self, level: int) -> None:
+        """Free the KV cache (level 1), and the weights as well (level 2). No step follows before `wake`.
+
+        May be called again while it sleeps; the deeper level counts.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Allocate again what `sleep` freed; the KV cache has its size, but not its contents.
+
+        Raises:
+            FastLLMError: what was freed cannot be had again; it sleeps on, and the call can be repeated.
+            MemoryError: likewise.
+        """
         ...

@@ -7,8 +7,11 @@ after, so loading holds little more than the packed weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +21,9 @@ from fastllm import _core
 from fastllm.errors import CapacityError, RequestError, UnsupportedModelError
 from fastllm.executor.base import StepBatch, StepResult
 from fastllm.executor.memory import available_memory, format_bytes
+from fastllm.models.adapters import WEIGHTS_NAME, read_adapter
 from fastllm.models.loader import SlotTensor, iter_tensors, to_float32
+from fastllm.models.registry import hf_names
 from fastllm.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -35,8 +40,28 @@ _DEFAULT_MEMORY_SHARE = 0.5
 _QUANTIZATION_GROUP = 32
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class CpuAdapter:
+    """Implements `fastllm.executor.base.PreparedAdapter`."""
+
+    path: Path
+    digest: bytes
+    matrices: _core.Adapter
+
+    @property
+    def rank(self) -> int:
+        """The largest of its ranks."""
+        return self.matrices.rank
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that its matrices take."""
+        return self.matrices.nbytes
+
+
 class CpuExecutor:
-    """Runs one model on the CPU. Implements `fastllm.executor.base.Executor` and `PhaseTimer`.
+    """Runs one model on the CPU. Implements `Executor`, `AdapterHost`, `PhaseTimer` and `Sleeper` of
+    `fastllm.executor.base`.
 
     Args:
         checkpoint: what the weights are read from; it may be closed afterwards.
@@ -47,9 +72,12 @@ class CpuExecutor:
         block_size: positions per block of the KV cache: 16, 32 or 64.
         kv_cache_bytes: size of the KV cache; None takes what max_num_seqs sequences of max_model_len need, at
             most half of the memory that is free once the weights are loaded.
+        kv_cache_share: the same as a share, in (0, 1], of the memory that is free once the weights are
+            loaded.
         max_model_len: positions that one sequence may have.
         max_num_seqs: sequences that may run at once.
         threads: 0 takes all processors that the process may use.
+        reopen: opens the checkpoint again, for `wake` after `sleep(2)`; None: the weights stay loaded.
 
     Raises:
         RequestError: an argument out of its range.
@@ -67,9 +95,11 @@ class CpuExecutor:
         kv_cache_dtype: str = "int16",
         block_size: int = 16,
         kv_cache_bytes: int | None = None,
+        kv_cache_share: float | None = None,
         max_model_len: int,
         max_num_seqs: int = 64,
         threads: int = 0,
+        reopen: Callable[[], AbstractContextManager[Checkpoint]] | None = None,
     ) -> None:
         _choice("quantization", quantization, (None, *QUANTIZATIONS))
         _choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
@@ -84,22 +114,38 @@ class CpuExecutor:
             if error.field.startswith("spec: "):
                 raise UnsupportedModelError(f"{spec.source}: {error}") from error
             raise
+        self._spec = spec
+        self._checkpoint_kind = checkpoint.kind
         self._block_size = block_size
         self._results: dict[int, StepResult] = {}
         self._tickets = 0
-        for slot, layer, weights in _packed(checkpoint, spec, quantization, self._decoder.threads):
+        self._spec = spec
+        self._quantization = quantization
+        self._kv_cache_dtype = kv_cache_dtype
+        self._reopen = reopen
+        self._level = 0  # of sleep
+        self._load(checkpoint)
+        self._kv_blocks = self._size_kv(kv_cache_bytes, kv_cache_share, max_model_len, max_num_seqs)
+        self._decoder.allocate_kv(self._kv_blocks, block_size, kv_cache_dtype)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        for slot, layer, weights in _packed(
+            checkpoint, self._spec, self._quantization, self._decoder.threads
+        ):
             self._decoder.set(slot, layer, weights)
         self._decoder.check_complete()
-        self._allocate_kv(spec, kv_cache_dtype, kv_cache_bytes, max_model_len, max_num_seqs)
 
-    def _allocate_kv(
-        self, spec: DecoderSpec, dtype: str, asked: int | None, max_model_len: int, max_num_seqs: int
-    ) -> None:
+    def _size_kv(self, asked: int | None, share: float | None, max_model_len: int, max_num_seqs: int) -> int:
+        """Blocks of the KV cache; the arithmetic goes to the log."""
+        dtype = self._kv_cache_dtype
         per_block = self._decoder.kv_bytes_per_block(self._block_size, dtype)
         per_sequence = -(-max_model_len // self._block_size)
         free = available_memory()
         wanted = per_sequence * max_num_seqs
-        if asked is None:
+        if share is not None:
+            blocks = int(free * share) // per_block
+            origin = f"{share:g} of {format_bytes(free)} free"
+        elif asked is None:
             blocks = min(wanted, max(int(free * _DEFAULT_MEMORY_SHARE) // per_block, 1))
             origin = (
                 f"{max_num_seqs} sequences of {max_model_len} tokens or half of {format_bytes(free)} free"
@@ -120,11 +166,10 @@ class CpuExecutor:
             raise CapacityError(
                 f"one block of {self._block_size} tokens in the KV cache",
                 asked=per_block,
-                had=asked if asked is not None else free,
+                had=int(free * share) if share is not None else free if asked is None else asked,
                 would_fit=0,
                 unit="bytes",
             )
-        self._decoder.allocate_kv(blocks, self._block_size, dtype)
         self.kv_cache_bytes = blocks * per_block
         logger.info(
             "KV cache: %d blocks x %d tokens x %s = %s for %d tokens (%s); weights: %s; %s, %d threads",
@@ -138,6 +183,7 @@ class CpuExecutor:
             _core.isa(),
             self._decoder.threads,
         )
+        return blocks
 
     @property
     def block_size(self) -> int:
@@ -156,7 +202,7 @@ class CpuExecutor:
 
     def kv_capacity(self) -> int:
         """Blocks in the KV cache."""
-        return self._decoder.kv_blocks
+        return self._kv_blocks
 
     def submit(self, batch: StepBatch) -> int:
         """Runs the step; the GIL is released while it computes."""
@@ -180,8 +226,45 @@ class CpuExecutor:
             rank=out["rank"],
             top_ids=out["top_ids"],
             top_logprobs=out["top_logprobs"],
+            hidden=out["hidden"],
         )
         return result, out["logits"]
+
+    def read_adapter(self, path: Path) -> CpuAdapter:
+        """Reads and packs a LoRA adapter; from any thread, also while a step runs.
+
+        Raises:
+            CapacityError: the free memory does not suffice.
+            RequestError, ModelFileError, UnsupportedModelError: as `fastllm.models.adapters.read_adapter`.
+        """
+        weights = path / WEIGHTS_NAME
+        if weights.is_file():
+            # 16 bits become 32, and what was read is packed into memory of its own.
+            asked, free = 4 * weights.stat().st_size, available_memory()
+            if asked > free:
+                raise CapacityError(
+                    f"{weights}: reading it, 4 bytes for each of its own",
+                    asked=asked, had=free, would_fit=free, unit="bytes",
+                )  # fmt: skip
+        read = read_adapter(path, self._spec, hf_names(self._checkpoint_kind, self._spec))
+        matrices = _core.Adapter()
+        for part in read.parts:
+            matrices.set(
+                part.slot, part.layer, part.a, _core.PackedMatrix.from_float(part.b, "f32"), part.scale
+            )
+        return CpuAdapter(read.path, read.digest, matrices)
+
+    def load_adapter(self, index: int, adapter: CpuAdapter) -> None:
+        """Between two steps: sequences of this index (0 to 255) use the adapter.
+
+        Raises:
+            RequestError: it does not fit the decoder.
+        """
+        self._decoder.load_adapter(index, adapter.matrices)
+
+    def unload_adapter(self, index: int) -> None:
+        """Between two steps: forgets the adapter of an index, if it has one."""
+        self._decoder.unload_adapter(index)
 
     def profile(self, on: bool) -> None:
         """Starts, from zero, or ends the measurement of `phase_seconds`."""
@@ -192,6 +275,36 @@ class CpuExecutor:
         """Seconds that the phases of all steps took since `profile(True)`, by name, waits between threads
         included."""
         return self._decoder.phase_seconds
+
+    def sleep(self, level: int) -> None:
+        """Gives the KV cache (level 1) and the weights (level 2) back to the operating system.
+
+        Raises:
+            RequestError: level 2, and there is no way to open the checkpoint again.
+        """
+        if level > 1 and self._reopen is None:
+            raise RequestError("level", level, "1, where the weights cannot be read again")
+        self._level = max(self._level, level)
+        self._results.clear()
+        if self._level > 1:
+            self._decoder.release_weights()
+        else:
+            self._decoder.release_kv()
+        _core.trim_memory()
+
+    def wake(self) -> None:
+        """Reads the weights again if they were given back; makes the KV cache anew, as large as before."""
+        if self._level > 1 and self._reopen is not None:
+            try:
+                with self._reopen() as checkpoint:
+                    self._load(checkpoint)
+            except BaseException:
+                self._decoder.release_weights()
+                _core.trim_memory()
+                raise
+            self._level = 1
+        self._decoder.allocate_kv(self._kv_blocks, self._block_size, self._kv_cache_dtype)
+        self._level = 0
 
     def close(self) -> None:
         """Gives weights and KV cache back to the operating system."""

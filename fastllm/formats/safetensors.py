@@ -16,6 +16,7 @@ config.json names in `auto_map` is not looked at.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -74,6 +75,15 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     Raises:
         ModelFileError: the file is missing, too large, not UTF-8, not JSON, or not an object.
     """
+    return parse_json(path, read_small(path, limit))
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """The bytes of a file, of which there may be `limit` at most.
+
+    Raises:
+        ModelFileError: the file is missing, not a regular file, or too large.
+    """
     try:
         if path.exists() and not path.is_file():  # opening a FIFO would wait
             raise ModelFileError(str(path), "not a regular file")
@@ -83,7 +93,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
         raise ModelFileError(str(path), error.strerror or str(error)) from error
     if len(text) > limit:
         raise ModelFileError(str(path), f"larger than {limit} bytes")
-    return _parse_object(path, text, 0)
+    return text
 
 
 class SafetensorsFile:
@@ -111,6 +121,10 @@ class SafetensorsFile:
     def tensor(self, name: str) -> CheckpointTensor:
         place = self.infos[name]
         return CheckpointTensor(name, place.shape, place.dtype, self._file.view(place.offset, place.nbytes))
+
+    def sha256(self) -> bytes:
+        """The digest of the whole file."""
+        return hashlib.sha256(self._file.buffer).digest()
 
     def release(self, name: str) -> None:
         place = self.infos[name]
@@ -246,7 +260,12 @@ def _only_weights(directory: Path) -> Path:
     raise ModelFileError(str(directory), "no *.safetensors file")
 
 
-def _parse_object(path: Path, text: bytes, offset: int) -> dict[str, Any]:
+def parse_json(path: Path, text: bytes, offset: int = 0) -> dict[str, Any]:
+    """The JSON object that a file has at `offset`.
+
+    Raises:
+        ModelFileError: not UTF-8, not JSON, not an object, or of too many values.
+    """
     if sum(map(text.count, (b"{", b"[", b","))) > MAX_VALUES:
         raise ModelFileError(str(path), f"more than {MAX_VALUES} JSON values", offset=offset)
     try:
@@ -285,7 +304,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, TensorPlac
             f"truncated: the header takes {length} bytes, {file.size - 8} are left in the file",
             offset=8,
         )
-    header = Fields(path, _parse_object(file.path, file.buffer[8 : 8 + length], 8))
+    header = Fields(path, parse_json(file.path, file.buffer[8 : 8 + length], 8))
     metadata = header.section("__metadata__", {})
     strings = {key: metadata.string(key) for key in metadata}
     places = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from fastllm.models.hyperparameters import HyperParameters
 from fastllm.models.spec import DecoderSpec
+from fastllm.models.tensors import HF_NAMES
 
 if TYPE_CHECKING:
     from fastllm.formats.checkpoint import Checkpoint
@@ -25,6 +26,8 @@ class Architecture:
         hf: class names in `architectures` of `config.json`.
         from_gguf, from_hf: build the spec; hyperparameters are read through `HyperParameters` alone, so that
             the registry can refuse those that nobody read.
+        hf_names: the tensor names of its Hugging Face checkpoints, as `TensorMap.names`: what adapters call
+            the modules, for a model from a GGUF file too.
         harmless: hyperparameters, besides the common ones, that cannot change the answer.
     """
 
@@ -34,3 +37,4 @@ class Architecture:
     from_gguf: SpecBuilder
     from_hf: SpecBuilder
     harmless: frozenset[str] = frozenset()
+    hf_names: Mapping[str, str] = field(default_factory=lambda: HF_NAMES)

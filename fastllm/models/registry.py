@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from fastllm.errors import UnsupportedModelError
 from fastllm.models import llama, qwen2, qwen3
 from fastllm.models.architecture import Architecture
 from fastllm.models.common import GGUF_HARMLESS, HF_HARMLESS
@@ -34,6 +36,23 @@ def spec_from_checkpoint(checkpoint: Checkpoint) -> DecoderSpec:
     if checkpoint.kind == "gguf":
         return _from_gguf(checkpoint)
     return _from_hf(checkpoint)
+
+
+def hf_names(kind: str, spec: DecoderSpec) -> Mapping[str, str]:
+    """Slot -> tensor name of a model's Hugging Face checkpoint.
+
+    Args:
+        kind: of the checkpoint that the spec was read from, "gguf" or "hf".
+
+    Raises:
+        UnsupportedModelError: the spec is from a GGUF file, and of none of the registered architectures.
+    """
+    if kind == "hf":
+        return spec.tensors.names
+    for architecture in ARCHITECTURES:
+        if architecture.name == spec.architecture:
+            return architecture.hf_names
+    raise UnsupportedModelError(f"{spec.source}: {spec.architecture}: its Hugging Face names are not known")
 
 
 def _from_gguf(checkpoint: Checkpoint) -> DecoderSpec:

@@ -91,18 +91,18 @@ std::unique_ptr<Decoder> make_decoder(Storage storage, KvType kv, int threads) {
   return decoder;
 }
 
-// One sequence: its tokens, how many are in the cache, its blocks, and the logits it was sampled from.
+// One sequence: its tokens, how many are in the cache, its blocks, and what it was sampled from.
 struct Sequence {
   std::int32_t id;
   std::vector<std::int32_t> tokens, blocks;
-  std::vector<float> logits;
+  std::vector<float> yielded;  // logits, log-probability and hidden state of each token
   std::int32_t computed = 0;
 
   std::int32_t left() const { return static_cast<std::int32_t>(tokens.size()) - computed; }
 };
 
 // Runs the next `chunk` tokens of each sequence, or what is left, as one flat batch. A sequence whose tokens
-// are all computed then takes the sampled one, and keeps its logits and log-probability.
+// are all computed then takes the sampled one. Each has two rows: one pools, the other samples.
 void step(Decoder& decoder, const std::vector<Sequence*>& sequences, std::int32_t chunk) {
   constexpr std::int64_t kWidth = 20;
   std::vector<std::int32_t> ids, positions, slots, start{0}, lengths, tables, row_token;
@@ -120,8 +120,11 @@ void step(Decoder& decoder, const std::vector<Sequence*>& sequences, std::int32_
     lengths.push_back(end);
     tables.insert(tables.end(), sequence->blocks.begin(), sequence->blocks.end());
     tables.resize(static_cast<std::size_t>(kWidth) * lengths.size());
-    row_token.push_back(start.back() - 1);
+    row_token.insert(row_token.end(), 2, start.back() - 1);
     SampleRow row;
+    row.kind = SampleRow::kPool;
+    rows.push_back(row);
+    row.kind = SampleRow::kSample;
     row.temperature = sequence->id % 2 == 0 ? 0.0f : 0.9f;
     row.top_k = 20;
     row.seed = 7;
@@ -132,7 +135,8 @@ void step(Decoder& decoder, const std::vector<Sequence*>& sequences, std::int32_
   }
   StepInput in;
   in.tokens = static_cast<std::int64_t>(ids.size());
-  in.sequences = in.rows = static_cast<std::int64_t>(sequences.size());
+  in.sequences = static_cast<std::int64_t>(sequences.size());
+  in.rows = static_cast<std::int64_t>(rows.size());
   in.max_blocks = kWidth;
   in.token_ids = ids.data();
   in.positions = positions.data();
@@ -142,18 +146,22 @@ void step(Decoder& decoder, const std::vector<Sequence*>& sequences, std::int32_
   in.block_tables = tables.data();
   in.row_token = row_token.data();
   in.sample = rows.data();
-  const std::size_t count = sequences.size(), vocab = static_cast<std::size_t>(decoder.config().vocab_size);
+  const std::size_t count = rows.size(), vocab = static_cast<std::size_t>(decoder.config().vocab_size);
+  const auto dim = static_cast<std::size_t>(decoder.config().dim);
   std::vector<std::int32_t> tokens(count), rank(count), top_ids(2 * count);
-  std::vector<float> logprob(count), top(2 * count), logits(vocab * count);
-  decoder.step(in,
-               {tokens.data(), logprob.data(), rank.data(), top_ids.data(), top.data(), 2, logits.data()});
-  for (std::size_t s = 0; s < count; ++s) {
-    CHECK(tokens[s] >= 0 && rank[s] >= 1);
+  std::vector<float> logprob(count), top(2 * count), logits(vocab * count), hidden(dim * count / 2);
+  decoder.step(in, {tokens.data(), logprob.data(), rank.data(), top_ids.data(), top.data(), 2, logits.data(),
+                    hidden.data()});
+  for (std::size_t s = 0; s < sequences.size(); ++s) {
+    const std::size_t row = 2 * s + 1;
+    CHECK(tokens[row] >= 0 && rank[row] >= 1 && tokens[row - 1] == 0);
     Sequence& sequence = *sequences[s];
     if (sequence.left() > 0) continue;
-    sequence.tokens.push_back(tokens[s]);
-    sequence.logits.insert(sequence.logits.end(), &logits[s * vocab], &logits[s * vocab] + vocab);
-    sequence.logits.push_back(logprob[s]);
+    sequence.tokens.push_back(tokens[row]);
+    std::vector<float>& yielded = sequence.yielded;
+    yielded.insert(yielded.end(), &logits[row * vocab], &logits[row * vocab] + vocab);
+    yielded.push_back(logprob[row]);
+    yielded.insert(yielded.end(), &hidden[s * dim], &hidden[s * dim] + dim);
   }
 }
 
@@ -179,18 +187,18 @@ std::vector<Sequence> generate(Storage storage, KvType kv, int threads, std::int
 
 bool same(const std::vector<Sequence>& a, const std::vector<Sequence>& b) {
   for (std::size_t s = 0; s < a.size(); ++s) {
-    if (a[s].tokens != b[s].tokens || a[s].logits.size() != b[s].logits.size()) return false;
-    if (std::memcmp(a[s].logits.data(), b[s].logits.data(), a[s].logits.size() * sizeof(float)) != 0)
+    if (a[s].tokens != b[s].tokens || a[s].yielded.size() != b[s].yielded.size()) return false;
+    if (std::memcmp(a[s].yielded.data(), b[s].yielded.data(), a[s].yielded.size() * sizeof(float)) != 0)
       return false;
   }
   return true;
 }
 
-// FNV-1a over the bits of all logits.
+// FNV-1a over the bits of all that was yielded.
 std::uint64_t hash(const std::vector<Sequence>& sequences) {
   std::uint64_t h = 0xcbf29ce484222325ULL;
   for (const Sequence& sequence : sequences) {
-    for (const float value : sequence.logits) {
+    for (const float value : sequence.yielded) {
       std::uint32_t bits;
       std::memcpy(&bits, &value, sizeof bits);
       for (int i = 0; i < 4; ++i) h = (h ^ (bits >> 8 * i & 0xff)) * 0x100000001b3ULL;
@@ -215,8 +223,8 @@ int main() {
                            Kind{"u4 weights, bf16 cache", Storage::u4, KvType::bf16}}) {
     const std::vector<Sequence> expected = generate(kind.storage, kind.kv, 1, 200);
     for (const Sequence& sequence : expected) {
-      CHECK(sequence.logits.size() == 6 * 302);
-      for (const float value : sequence.logits) CHECK(std::isfinite(value));
+      CHECK(sequence.yielded.size() == 6 * (302 + 96));
+      for (const float value : sequence.yielded) CHECK(std::isfinite(value));
     }
     CHECK(same(generate(kind.storage, kind.kv, 3, 200), expected));
     CHECK(same(generate(kind.storage, kind.kv, 2, 17), expected));

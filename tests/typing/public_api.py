@@ -18,14 +18,19 @@ from fastllm import (
     AsyncLLM,
     CapacityError,
     CompletionOutput,
+    EmbeddingOutput,
     FastLLMError,
     Logprob,
+    LoRARequest,
+    PoolingParams,
     RequestOutput,
     SamplingParams,
+    ScoringOutput,
     _core,
     ops,
 )
 from fastllm.engine.block_pool import BlockPool
+from fastllm.engine.engine import Engine
 from fastllm.engine.profile import Profile
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence as RunningSequence
@@ -46,6 +51,28 @@ def generating(llm: LLM, params: SamplingParams) -> None:
         assert_type(other, LLM)
 
 
+def embedding(llm: LLM) -> None:
+    outputs = llm.embed(["one", {"prompt_token_ids": [1, 2]}], pooling="mean")
+    assert_type(outputs, list[EmbeddingOutput])
+    assert_type(outputs[0].embedding, Floats)
+    assert_type(llm.score("query", ["one", "two"]), list[ScoringOutput])
+    assert_type(llm.score("query", "one")[0].score, float)
+
+
+def sleeping(llm: LLM) -> None:
+    llm.sleep(2, mode="wait")
+    assert_type(llm.is_sleeping, bool)
+    llm.wake_up()
+
+
+def adapting(llm: LLM, lora: LoRARequest) -> None:
+    assert_type(lora.lora_name, str)
+    assert_type(llm.add_lora(lora), bool)
+    assert_type(llm.generate(["one", "two"], lora_request=[lora, None]), list[RequestOutput])
+    assert_type(llm.remove_lora("name"), bool)
+    assert_type(llm.list_loras(), list[LoRARequest])
+
+
 def profiling(llm: LLM) -> None:
     with llm.profile() as profile:
         assert_type(profile, Profile)
@@ -58,6 +85,11 @@ async def serving(llm: AsyncLLM, params: SamplingParams) -> None:
     async for output in stream:
         assert_type(output.outputs[0].text, str)
     assert_type(await llm.abort("request-1"), None)
+    assert_type(llm.encode("text", PoolingParams()), AsyncGenerator[EmbeddingOutput, None])
+    await llm.pause_generation(wait_for_inflight_requests=True)
+    assert_type(await llm.is_paused(), bool)
+    assert_type(await llm.start_profile(), Profile)
+    assert_type(await llm.add_lora(LoRARequest("name", "directory")), bool)
 
 
 def reading(output: RequestOutput) -> None:
@@ -91,7 +123,9 @@ def kernels(x: Floats, scores: Floats, ids: npt.NDArray[np.int32]) -> None:
     assert_type(_core.logits_summary(scores[0]), tuple[float, float, int])
 
 
-def engine(scheduler: Scheduler, sequence: RunningSequence) -> None:
+def engine(engine: Engine, scheduler: Scheduler, sequence: RunningSequence) -> None:
+    assert_type(engine.step(), list[RequestOutput | EmbeddingOutput])
+    assert_type(engine.load().kv_usage, float)
     assert_type(scheduler.pool, BlockPool)
     assert_type(scheduler.pool.allocate(3), list[int])
     batch = scheduler.schedule()
@@ -104,6 +138,7 @@ def engine(scheduler: Scheduler, sequence: RunningSequence) -> None:
 
 def wrong(llm: LLM, x: Floats, prompts: Sequence[Any]) -> None:
     llm.generate(7)  # type: ignore[arg-type]
+    llm.generate("text", lora_request="name")  # type: ignore[arg-type]
     llm.generate(prompts, temperature=0)  # type: ignore[call-arg]
     SamplingParams(temprature=0.5)  # type: ignore[call-arg]
     ops.matmul(x, x)  # type: ignore[arg-type]

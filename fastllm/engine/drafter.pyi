@@ -1,0 +1,9 @@
+from typing_extensions import disjoint_base
+
+@disjoint_base
+class NgramDrafter:
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def min_match(self) -> int: ...
+    def __init__(self, max_tokens: int = 10, min_match: int = 2) -> None: ...
