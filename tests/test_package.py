@@ -24,7 +24,15 @@ import pytest
 import fastllm
 
 ROOT = Path(__file__).parents[1]
-COMPILED = ("_core", "engine/block_pool", "engine/scheduler", "engine/sequence", "engine/step_batch")
+COMPILED = (
+    "_core",
+    "engine/block_pool",
+    "engine/scheduler",
+    "engine/sequence",
+    "engine/step_batch",
+    "engine/step_cost",
+    "engine/drafter",
+)
 
 
 def run(
