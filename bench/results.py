@@ -120,11 +120,16 @@ def result(record: Record, model: str, row: Row) -> dict[str, Any]:
 def _limits(record: Record, model: str, row: Row) -> dict[Round, dict[str, float]]:
     """The machine's limits in every round of this row: its pace changes, and figures are held against what
     it could do at that time."""
-    return {
-        (item["part"], item["round"]): {name: item[name] for name in rows.ANCHOR_LIMITS}
-        for item in record["limits"]
-        if (item["model"], item["row"]) == (model, row.name)
-    }
+    found: dict[Round, dict[str, float]] = {}
+    for item in record["limits"]:
+        if (item["model"], item["row"]) != (model, row.name):
+            continue
+        part = item["part"]
+        # An older record has them once, measured before the row's first round.
+        rounds = [item["round"]] if "round" in item else range(record["parts"][part]["pairs"])
+        for number in rounds:
+            found[part, number] = {name: item[name] for name in rows.ANCHOR_LIMITS}
+    return found
 
 
 def _checks(

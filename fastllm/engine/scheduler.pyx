@@ -460,7 +460,7 @@ cdef class Scheduler:
         cdef Py_ssize_t decodes = 0
         cdef double seconds
         for item in self._running:
-            if <Py_ssize_t> (<Sequence> item).tokens.size() - (<Sequence> item).num_computed == 1:
+            if (<Sequence> item).due() == 1:
                 decodes += 1
                 context += <double> (<Sequence> item).tokens.size()
         seconds = self.cost.predict(decodes, decodes, context)
