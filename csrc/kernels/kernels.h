@@ -213,11 +213,11 @@ struct Kernels {
 
 constexpr int kMatmulRowsAtOnce = 192;  // rows that share one unpacking of a panel
 
-// Bytes of scratch that one thread of matmul_q needs: two panels unpacked to bytes, their scales and mins in
-// fp32, two words for each row and step of 16 columns.
+// Bytes of scratch that one thread of matmul_q needs: a panel unpacked to bytes, its scales and mins in fp32,
+// two words for each row and step of 16 columns.
 static inline int64_t matmul_scratch_bytes(const PackedView* w) {
   const int64_t steps = w->kp / kActivationGroup;
-  return 2 * w->kp * kPanel + 4 * steps * kPanel * 4 + kMatmulRowsAtOnce * steps * 8;
+  return w->kp * kPanel + 2 * steps * kPanel * 4 + kMatmulRowsAtOnce * steps * 8;
 }
 
 }  // namespace fastllm

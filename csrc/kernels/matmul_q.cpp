@@ -12,15 +12,15 @@
 // outputs.
 //
 // Two paths, same arithmetic:
-//   direct   up to direct_rows(): a tile unpacks the codes in registers as they stream by, and asks for those
-//            that come next
-//   panel    more rows: one or two panels are unpacked once into scratch (L1 or L2), then tiles of R rows x C
-//            columns run over them
+//   direct   where it pays (direct_rows): a tile unpacks the codes in registers as they stream by, and asks
+//            for those that come next
+//   panel    else: a panel is unpacked once into scratch (L1 or L2), then tiles of R rows run over it
 // Cost on AVX-512 VNNI per row, 16 outputs and 32 columns that share a scale: 8 vpdpbusd, 2 conversions, 3
-// FMAs, and one more FMA with minimums: at one vpdpbusd or FMA a cycle 73 % (67 %) of the peak of vpdpbusd.
-// Loads per row: 8 activation quads, 2 starts, 2 scales, each shared by C columns; per column 8 lines, shared
-// by R rows. Live vectors: 2 R C (accumulator and t), 4 C lines, C sums, 1 broadcast: 29 of 32 at 4 x 2, 22
-// at 8 x 1. With 16 ymm (AVX2) 4 x 1 keeps 14.
+// FMAs or multiplications, and one more with minimums: at one of these (conversions apart) a cycle 73 % (67
+// %) of the peak of vpdpbusd. Loads per row: 2 starts and 8 activation quads and 2 scales, which are operands
+// of the instructions that use them (broadcasts of their own cost 5 %); per tile 8 lines and a scale. Live
+// vectors at 16 rows: 16 accumulators, 8 lines, 2 scales, 4 dot products. Where a group is several blocks t
+// is live as well, and a tile has 8 rows. With 16 ymm (AVX2) 4 rows: 4 accumulators, 4 t, 4 lines.
 #include "kernels/ops.h"
 #include "kernels/unpack.h"
 
@@ -34,18 +34,21 @@ constexpr int64_t kRowsAtOnce = kMatmulRowsAtOnce;  // rows whose starts and sum
 constexpr int64_t kAhead = 2048;                    // bytes of codes asked for ahead, in the direct path
 constexpr int kLinesAhead = 2;                      // of a ReadAhead, asked for with a block of 32 columns
 
+// How many columns share a scale: a step, a block of 32, or several blocks.
+enum class Share { step, block, blocks };
+
 #if defined(FASTLLM_ISA_avx512vnni)
-constexpr int kTileRows = 8;  // rows of a tile one column wide
-constexpr int kTwinRows = 4;  // rows of a tile two columns wide
+constexpr bool kManyRegisters = true;
+constexpr int tile_rows(Share share) { return share == Share::blocks ? 8 : 16; }
 // As many rows as run faster when each tile unpacks the codes anew: nibbles always do, bytes need no
 // unpacking.
-constexpr int64_t direct_rows(Unpack kind) {
-  return kind == Unpack::u4 ? kRowsAtOnce : kind == Unpack::u8 ? kTileRows : 32;
+constexpr int64_t direct_rows(Unpack kind, Share share) {
+  return kind == Unpack::u4 ? kRowsAtOnce : kind == Unpack::u8 ? tile_rows(share) : 32;
 }
 #else
-constexpr int kTileRows = 4;
-constexpr int kTwinRows = 0;  // too few registers
-constexpr int64_t direct_rows(Unpack) { return 4; }
+constexpr bool kManyRegisters = false;
+constexpr int tile_rows(Share) { return 4; }
+constexpr int64_t direct_rows(Unpack, Share) { return 4; }
 #endif
 
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -61,7 +64,7 @@ struct Activations {
   int64_t kp;
   int64_t steps;
   int64_t groups;
-  int64_t blocks_per_group;  // of 32 columns; 0 when a group is one step
+  int64_t blocks_per_group;  // of 32 columns; 0 when a group is a step
 
   FASTLLM_INLINE Activations from_row(int64_t m) const {
     return {q + m * kp, scales + m * steps, starts + m * steps, sums + m * groups, kp, steps,
@@ -161,8 +164,8 @@ struct Packed {
 
   // Line `quad` of the eight of columns 32 * block to + 31.
   template <int quad>
-  FASTLLM_INLINE vb line(int64_t block, int c) const {
-    return codes.template line<kind, quad>(block, part + c);
+  FASTLLM_INLINE vb line(int64_t block) const {
+    return codes.template line<kind, quad>(block, part);
   }
   FASTLLM_INLINE void prefetch(int64_t block) const {
     next.ask<kind == Unpack::u8 ? 512 : 256>(block);
@@ -170,12 +173,11 @@ struct Packed {
   }
   // Asked for with the first of a panel's tiles.
   FASTLLM_INLINE void tile_done() { next.end = nullptr; }
-  FASTLLM_INLINE vf scale(int64_t g, int c) const { return scales.at(g, part + c); }
-  FASTLLM_INLINE vf minimum(int64_t g, int c) const { return mins.at(g, part + c); }
+  FASTLLM_INLINE vf scale(int64_t g) const { return scales.at(g, part); }
+  FASTLLM_INLINE vf minimum(int64_t g) const { return mins.at(g, part); }
 };
 
-// Panels unpacked: bytes (panels, kp/4, 64), scales and minimums (panels, groups, 16) in fp32; from native
-// part `part` of the first on.
+// A panel unpacked: bytes (kp/4, 64), scales and minimums (groups, 16) in fp32; native part `part` of it.
 template <int bits>
 struct Unpacked {
   static constexpr int kBits = bits;
@@ -183,16 +185,14 @@ struct Unpacked {
   const float* scales;
   const float* mins;
   int64_t kp;
-  int64_t groups;
   int part;
-  const uint8_t* next;  // where the bytes are the codes, those that come after: a quarter with every tile
+  const uint8_t* next;  // where the bytes are the codes, those that come after: half of them with every tile
   const uint8_t* end;   // of them
   ReadAhead* ahead;
 
   template <int quad>
-  FASTLLM_INLINE vb line(int64_t block, int c) const {
-    const int64_t panel = (part + c) / kParts, lane = (part + c) % kParts;
-    return vb_load(bytes + panel * kp * kPanel + block * 512 + quad * 64 + lane * kLineBytes);
+  FASTLLM_INLINE vb line(int64_t block) const {
+    return vb_load(bytes + block * 512 + quad * 64 + part * kLineBytes);
   }
   FASTLLM_INLINE void prefetch(int64_t block) const {
     const uint8_t* p = next + block * 256;
@@ -203,15 +203,12 @@ struct Unpacked {
     read_ahead(ahead);
   }
   FASTLLM_INLINE void tile_done() { next += kp / 32 * 256; }
-  FASTLLM_INLINE vf scale(int64_t g, int c) const { return value(scales, g, c); }
-  FASTLLM_INLINE vf minimum(int64_t g, int c) const { return value(mins, g, c); }
-  FASTLLM_INLINE vf value(const float* from, int64_t g, int c) const {
-    const int64_t panel = (part + c) / kParts, lane = (part + c) % kParts;
-    return v_load(from + (panel * groups + g) * kPanel + lane * kLanes);
-  }
+  FASTLLM_INLINE vf scale(int64_t g) const { return v_load(scales + g * kPanel + part * kLanes); }
+  FASTLLM_INLINE vf minimum(int64_t g) const { return v_load(mins + g * kPanel + part * kLanes); }
 };
 
-// ---- a tile of R rows and C columns ----------------------------------------------------------------------
+// ---- a tile of R rows
+// --------------------------------------------------------------------------------------
 
 struct Output {
   float* y;  // of the tile's first row and first output
@@ -219,122 +216,166 @@ struct Output {
   int64_t outputs;  // from there to the end of the matrix
   int accumulate;
 
-  FASTLLM_INLINE void put(int r, int c, vf value) const {
-    float* p = y + r * ldy + c * kLanes;
-    const int64_t left = outputs - c * kLanes;
-    if (left >= kLanes) {
+  FASTLLM_INLINE void put(int r, vf value) const {
+    float* p = y + r * ldy;
+    if (outputs >= kLanes) {
       if (accumulate) value = v_add(v_load(p), value);
       v_store(p, value);
       return;
     }
     alignas(64) float lanes[kLanes];
     v_store(lanes, value);
-    for (int64_t i = 0; i < left; ++i) p[i] = accumulate ? p[i] + lanes[i] : lanes[i];
+    for (int64_t i = 0; i < outputs; ++i) p[i] = accumulate ? p[i] + lanes[i] : lanes[i];
   }
 };
 
-// One step of a block of 32 columns, whose lines are `quad` to `quad + 3` of the block's eight.
-template <int R, int C, int quad, typename Weights>
-FASTLLM_INLINE void add_step(const Weights& weights, const Activations& x, int64_t block, vf (&t)[R][C]) {
+template <int first, int count, typename Weights>
+FASTLLM_INLINE void load_lines(const Weights& weights, int64_t block, vb* lines) {
+  if constexpr (count > 0) {
+    lines[0] = weights.template line<first>(block);
+    load_lines<first + 1, count - 1>(weights, block, lines + 1);
+  }
+}
+
+// One step of a block of 32 columns, whose lines are `quad` to `quad + 3` of the block's eight. fresh: t
+// begins with it.
+template <int R, int quad, bool fresh, typename Weights>
+FASTLLM_INLINE void add_step(const Weights& weights, const Activations& x, int64_t block, vf (&t)[R]) {
   const int64_t step = 2 * block + quad / 4;
-  vb w[C][4];
-#pragma GCC unroll 2
-  for (int c = 0; c < C; ++c) {
-    w[c][0] = weights.template line<quad>(block, c);
-    w[c][1] = weights.template line<quad + 1>(block, c);
-    w[c][2] = weights.template line<quad + 2>(block, c);
-    w[c][3] = weights.template line<quad + 3>(block, c);
-  }
+  vb w[4];
+  load_lines<quad, 4>(weights, block, w);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const int8_t* q = x.q + r * x.kp + step * kStep;
-    const vi a[4] = {broadcast_word(q), broadcast_word(q + 4), broadcast_word(q + 8), broadcast_word(q + 12)};
-    const vi start = vi_set1(x.starts[r * x.steps + step]);
-    const vf scale = v_set1(x.scales[r * x.steps + step]);
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c)
-      t[r][c] = v_fma(v_from_int(dot16<Weights::kBits>(start, w[c], a)), scale, t[r][c]);
+    const int64_t at = r * x.steps + step;
+    const vf dot = v_from_int(dot16<Weights::kBits>(vi_set1(x.starts[at]), w, x.q + r * x.kp + step * kStep));
+    t[r] = fresh ? v_mul(dot, v_set1(x.scales[at])) : v_fma(dot, v_set1(x.scales[at]), t[r]);
   }
 }
 
-// acc = scale * t + acc at the end of group g; t begins anew.
-template <int R, int C, typename Weights>
-FASTLLM_INLINE void end_group(const Weights& weights, int64_t g, vf (&t)[R][C], vf (&acc)[R][C]) {
-#pragma GCC unroll 2
-  for (int c = 0; c < C; ++c) {
-    const vf scale = weights.scale(g, c);
+// acc = scale * t + acc at the end of group g.
+template <int R, typename Weights>
+FASTLLM_INLINE void end_group(const Weights& weights, int64_t g, const vf (&t)[R], vf (&acc)[R]) {
+  const vf scale = weights.scale(g);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      acc[r][c] = v_fma(t[r][c], scale, acc[r][c]);
-      t[r][c] = v_set1(0.0f);
-    }
-  }
+  for (int r = 0; r < R; ++r) acc[r] = v_fma(t[r], scale, acc[r]);
 }
 
-// fine: a group is one step. mins: there are minimums.
-template <int R, int C, bool fine, typename Weights>
-__attribute__((noinline)) void tile(const Weights& weights, const Activations& x, bool mins,
-                                    const Output& out) {
-  vf acc[R][C], t[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+// A block whose groups end within it, where the registers hold all its lines: no t outlives a row, so that
+// there can be twice as many rows. Two rows' dot products take turns, or each would wait for its own.
+template <int R, Share share, typename Weights>
+FASTLLM_INLINE void add_block(const Weights& weights, const Activations& x, int64_t block, vf (&acc)[R]) {
+  constexpr int kTurns = R > 1 ? 2 : 1;
+  vb w[8];
+  load_lines<0, 8>(weights, block, w);
+  const vf scale = weights.scale(share == Share::step ? 2 * block : block);
+  const vf next_scale = share == Share::step ? weights.scale(2 * block + 1) : scale;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r += kTurns) {
+    const int8_t* q = x.q + r * x.kp + block * 2 * kStep;
+    const int64_t at = r * x.steps + 2 * block;
+    vi first[kTurns], second[kTurns];
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) acc[r][c] = t[r][c] = v_set1(0.0f);
-  }
-  const int64_t blocks = x.steps / 2;
-  if constexpr (fine) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      weights.prefetch(block);
-      add_step<R, C, 0>(weights, x, block, t);
-      end_group(weights, 2 * block, t, acc);
-      add_step<R, C, 4>(weights, x, block, t);
-      end_group(weights, 2 * block + 1, t, acc);
+    for (int i = 0; i < kTurns; ++i) {
+      first[i] = vi_set1(x.starts[at + i * x.steps]);
+      second[i] = vi_set1(x.starts[at + i * x.steps + 1]);
     }
-  } else {
-    for (int64_t block = 0, g = 0; block < blocks; ++g) {
-      const int64_t end = min_of(block + x.blocks_per_group, blocks);
-      do {
-        weights.prefetch(block);
-        add_step<R, C, 0>(weights, x, block, t);
-        add_step<R, C, 4>(weights, x, block, t);
-      } while (++block < end);
-      end_group(weights, g, t, acc);
-    }
-  }
-  if (mins) {
-    for (int64_t g = 0; g < x.groups; ++g) {
+#pragma GCC unroll 4
+    for (int line = 0; line < 4; ++line) {
 #pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) {
-        const vf least = weights.minimum(g, c);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) t[r][c] = v_fma(least, v_set1(x.sums[r * x.groups + g]), t[r][c]);
+      for (int i = 0; i < kTurns; ++i) first[i] = dot_word(first[i], w[line], q + i * x.kp + 4 * line);
+    }
+#pragma GCC unroll 4
+    for (int line = 0; line < 4; ++line) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kTurns; ++i)
+        second[i] = dot_word(second[i], w[4 + line], q + i * x.kp + kStep + 4 * line);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kTurns; ++i) {
+      const vf xscale = v_set1(x.scales[at + i * x.steps]);
+      const vf next_xscale = v_set1(x.scales[at + i * x.steps + 1]);
+      const vf t = v_mul(v_from_int(first[i]), xscale);
+      const vf dot = v_from_int(second[i]);
+      if constexpr (share == Share::step) {
+        acc[r + i] = v_fma(v_mul(dot, next_xscale), next_scale, v_fma(t, scale, acc[r + i]));
+      } else {
+        acc[r + i] = v_fma(v_fma(dot, next_xscale, t), scale, acc[r + i]);
       }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) acc[r][c] = v_add(acc[r][c], t[r][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) out.put(r, c, acc[r][c]);
   }
 }
 
-// `rows` rows in tiles of the sizes below that add up to them; the column count of a tile is C.
-template <int C, int R, bool fine, typename Weights>
-void tiles_of(Weights& weights, const Activations& x, int64_t begin, int64_t rows, bool mins,
-              const Output& out) {
-  int64_t m = begin;
+// acc += what the minimums give, which has an accumulator of its own; at most eight rows at a time.
+template <int R, int first, typename Weights>
+FASTLLM_INLINE void add_minimums(const Weights& weights, const Activations& x, vf (&acc)[R]) {
+  constexpr int kRows = R - first < 8 ? R - first : 8;
+  vf sum[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sum[r] = v_set1(0.0f);
+  for (int64_t g = 0; g < x.groups; ++g) {
+    const vf least = weights.minimum(g);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r] = v_fma(least, v_set1(x.sums[(first + r) * x.groups + g]), sum[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) acc[first + r] = v_add(acc[first + r], sum[r]);
+  if constexpr (first + kRows < R) add_minimums<R, first + kRows>(weights, x, acc);
+}
+
+template <int R, Share share, typename Weights>
+__attribute__((noinline)) void tile(const Weights& weights, const Activations& x, bool mins,
+                                    const Output& out) {
+  vf acc[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) acc[r] = v_set1(0.0f);
+  const int64_t blocks = x.steps / 2;
+  if constexpr (share == Share::blocks) {
+    for (int64_t block = 0, g = 0; block < blocks; ++g) {
+      const int64_t end = min_of(block + x.blocks_per_group, blocks);
+      vf t[R];
+      weights.prefetch(block);
+      add_step<R, 0, true>(weights, x, block, t);
+      add_step<R, 4, false>(weights, x, block, t);
+      while (++block < end) {
+        weights.prefetch(block);
+        add_step<R, 0, false>(weights, x, block, t);
+        add_step<R, 4, false>(weights, x, block, t);
+      }
+      end_group(weights, g, t, acc);
+    }
+  } else {
+    for (int64_t block = 0; block < blocks; ++block) {
+      weights.prefetch(block);
+      if constexpr (kManyRegisters) {
+        add_block<R, share>(weights, x, block, acc);
+      } else if constexpr (share == Share::block) {
+        vf t[R];
+        add_step<R, 0, true>(weights, x, block, t);
+        add_step<R, 4, false>(weights, x, block, t);
+        end_group(weights, block, t, acc);
+      } else {
+        vf t[R];
+        add_step<R, 0, true>(weights, x, block, t);
+        end_group(weights, 2 * block, t, acc);
+        add_step<R, 4, true>(weights, x, block, t);
+        end_group(weights, 2 * block + 1, t, acc);
+      }
+    }
+  }
+  if (mins) add_minimums<R, 0>(weights, x, acc);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) out.put(r, acc[r]);
+}
+
+// Rows from `m` on in tiles of R, R / 2, ... that add up to them.
+template <int R, Share share, typename Weights>
+void tiles_of(Weights& weights, const Activations& x, int64_t m, int64_t rows, bool mins, const Output& out) {
   for (; m + R <= rows; m += R) {
-    tile<R, C, fine>(weights, x.from_row(m), mins,
-                     {out.y + m * out.ldy, out.ldy, out.outputs, out.accumulate});
+    tile<R, share>(weights, x.from_row(m), mins, {out.y + m * out.ldy, out.ldy, out.outputs, out.accumulate});
     weights.tile_done();
   }
   if constexpr (R > 1) {
-    if (m < rows) tiles_of<C, R / 2, fine>(weights, x, m, rows, mins, out);
+    if (m < rows) tiles_of<R / 2, share>(weights, x, m, rows, mins, out);
   }
 }
 
@@ -356,7 +397,7 @@ struct Job {
   }
 };
 
-template <Unpack kind, bool fine>
+template <Unpack kind, Share share>
 void direct(const Job& job, const Activations& x) {
   const PackedView* w = job.w;
   const uint8_t* end = PanelCodes(w, job.panel_end).codes;
@@ -366,11 +407,11 @@ void direct(const Job& job, const Activations& x) {
                          PanelScales<int8_t>(w->scales, w->subscales, w, panel),
                          PanelScales<uint8_t>(w->mins, w->submins, w, panel),
                          0,
-                         {codes.codes, end, job.rows > kTileRows},
+                         {codes.codes, end, job.rows > tile_rows(share)},
                          job.ahead};
     for (; weights.part < kParts; ++weights.part)
-      tiles_of<1, kTileRows, fine>(weights, x, 0, job.rows, w->mins != nullptr,
-                                   job.output(panel, weights.part));
+      tiles_of<tile_rows(share), share>(weights, x, 0, job.rows, w->mins != nullptr,
+                                        job.output(panel, weights.part));
   }
 }
 
@@ -399,48 +440,41 @@ void unpack_scales(const PanelScales<Sub>& scales, int64_t groups, float* out) {
   }
 }
 
-// Scratch of the panel path: two panels.
+// Scratch of the panel path.
 struct PanelScratch {
   uint8_t* bytes;
   float* scales;
   float* mins;
 };
 
-template <int bits, bool fine>
-void panel_tiles(const Job& job, const Activations& x, Unpacked<bits> weights, int64_t panel, int panels) {
-  const bool mins = job.w->mins != nullptr;
-  if constexpr (kTwinRows > 0) {
-    if (panels == 2) {
-      tiles_of<2, kTwinRows, fine>(weights, x, 0, job.rows, mins, job.output(panel, 0));
-      return;
-    }
-  }
-  for (; weights.part < panels * kParts; ++weights.part)
-    tiles_of<1, kTileRows, fine>(weights, x, 0, job.rows, mins, job.output(panel, weights.part));
-}
-
-template <Unpack kind, bool fine>
+template <Unpack kind, Share share>
 void unpacked(const Job& job, const Activations& x, const PanelScratch& scratch) {
   const PackedView* w = job.w;
-  constexpr int kPanelsAtOnce = kTwinRows > 0 ? 2 : 1;
-  for (int64_t panel = job.panel_begin; panel < job.panel_end; panel += kPanelsAtOnce) {
-    const int panels = static_cast<int>(min_of(kPanelsAtOnce, job.panel_end - panel));
-    Unpacked<line_bits(kind)> weights{scratch.bytes, scratch.scales, scratch.mins, x.kp, x.groups, 0,
+  for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
+    Unpacked<line_bits(kind)> weights{scratch.bytes, scratch.scales, scratch.mins, x.kp, 0,
                                       scratch.bytes, scratch.bytes,  job.ahead};
     if constexpr (kind == Unpack::u8) {
       weights.bytes = w->codes + panel * w->kp * kPanel;
-      weights.next = weights.bytes + panels * w->kp * kPanel;
-      weights.end = weights.next + min_of(panels, job.panel_end - panel - panels) * w->kp * kPanel;
+      weights.next = weights.bytes + w->kp * kPanel;
+      weights.end = panel + 1 < job.panel_end ? weights.next + w->kp * kPanel : weights.next;
+    } else {
+      unpack_codes<kind>(w, panel, scratch.bytes);
     }
-    for (int p = 0; p < panels; ++p) {
-      const int64_t at = p * x.groups * kPanel;
-      if constexpr (kind != Unpack::u8) unpack_codes<kind>(w, panel + p, scratch.bytes + p * w->kp * kPanel);
-      unpack_scales(PanelScales<int8_t>(w->scales, w->subscales, w, panel + p), x.groups,
-                    scratch.scales + at);
-      if (w->mins != nullptr)
-        unpack_scales(PanelScales<uint8_t>(w->mins, w->submins, w, panel + p), x.groups, scratch.mins + at);
-    }
-    panel_tiles<line_bits(kind), fine>(job, x, weights, panel, panels);
+    unpack_scales(PanelScales<int8_t>(w->scales, w->subscales, w, panel), x.groups, scratch.scales);
+    if (w->mins != nullptr)
+      unpack_scales(PanelScales<uint8_t>(w->mins, w->submins, w, panel), x.groups, scratch.mins);
+    for (; weights.part < kParts; ++weights.part)
+      tiles_of<tile_rows(share), share>(weights, x, 0, job.rows, w->mins != nullptr,
+                                        job.output(panel, weights.part));
+  }
+}
+
+template <Unpack kind, Share share>
+void by_rows(const Job& job, const Activations& rows, const PanelScratch& scratch) {
+  if (job.rows <= direct_rows(kind, share)) {
+    direct<kind, share>(job, rows);
+  } else {
+    unpacked<kind, share>(job, rows, scratch);
   }
 }
 
@@ -452,20 +486,21 @@ void matmul(const Job& all, const QuantizedRows* x, void* memory) {
   const int64_t steps = w->kp / kStep;
   PanelScratch scratch;
   scratch.bytes = static_cast<uint8_t*>(memory);
-  scratch.scales = reinterpret_cast<float*>(scratch.bytes + 2 * w->kp * kPanel);
-  scratch.mins = scratch.scales + 2 * steps * kPanel;
-  float* sums = scratch.mins + 2 * steps * kPanel;
+  scratch.scales = reinterpret_cast<float*>(scratch.bytes + w->kp * kPanel);
+  scratch.mins = scratch.scales + steps * kPanel;
+  float* sums = scratch.mins + steps * kPanel;
   int32_t* starts = reinterpret_cast<int32_t*>(sums + kRowsAtOnce * steps);
   for (int64_t m = 0; m < all.rows; m += kRowsAtOnce) {
     Job job = all;
     job.rows = min_of(kRowsAtOnce, all.rows - m);
     job.y += m * job.ldy;
     const Activations rows = prepare(w, x, m, job.rows, zero, starts, sums);
-    const bool few = job.rows <= direct_rows(kind);
     if (w->group == kStep) {
-      few ? direct<kind, true>(job, rows) : unpacked<kind, true>(job, rows, scratch);
+      by_rows<kind, Share::step>(job, rows, scratch);
+    } else if (w->group == 2 * kStep) {
+      by_rows<kind, Share::block>(job, rows, scratch);
     } else {
-      few ? direct<kind, false>(job, rows) : unpacked<kind, false>(job, rows, scratch);
+      by_rows<kind, Share::blocks>(job, rows, scratch);
     }
   }
 }

@@ -132,9 +132,10 @@ constexpr int kU8Bias = 0;
 inline vi dot_u8(vi acc, vb w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 inline vi dot_u7(vi acc, vi p, vb v) { return _mm256_dpbusd_avx_epi32(acc, p, v); }
 inline vi dot_s16(vi acc, vi a, vi b) { return _mm256_dpwssd_avx_epi32(acc, a, b); }
+inline vi dot_word(vi acc, vb w, const int8_t* q) { return dot_u8(acc, w, vi_set1(load_word(q))); }
 template <int bits>
-inline vi dot16(vi acc, const vb* w, const vi* a) {
-  return dot_u8(dot_u8(dot_u8(dot_u8(acc, w[0], a[0]), w[1], a[1]), w[2], a[2]), w[3], a[3]);
+inline vi dot16(vi acc, const vb* w, const int8_t* q) {
+  return dot_word(dot_word(dot_word(dot_word(acc, w[0], q), w[1], q + 4), w[2], q + 8), w[3], q + 12);
 }
 #else
 // vpmaddubsw saturates its 16-bit pair sums at 2^15, so products are added in 16 bits for as long as they
@@ -152,11 +153,14 @@ inline vi dot_u8(vi acc, vb w, vi a) {
 }
 inline vi dot_u7(vi acc, vi p, vb v) { return widen_pairs(acc, _mm256_maddubs_epi16(p, v)); }
 inline vi dot_s16(vi acc, vi a, vi b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+inline vi dot_word(vi acc, vb w, const int8_t* q) { return dot_u8(acc, w, vi_set1(load_word(q))); }
 template <int bits>
-inline vi dot16(vi acc, const vb* w, const vi* a) {
+inline vi dot16(vi acc, const vb* w, const int8_t* q) {
   if constexpr (bits == 8) {
-    return dot_u8(dot_u8(dot_u8(dot_u8(acc, w[0], a[0]), w[1], a[1]), w[2], a[2]), w[3], a[3]);
+    return dot_word(dot_word(dot_word(dot_word(acc, w[0], q), w[1], q + 4), w[2], q + 8), w[3], q + 12);
   } else {
+    const vi a[4] = {vi_set1(load_word(q)), vi_set1(load_word(q + 4)), vi_set1(load_word(q + 8)),
+                     vi_set1(load_word(q + 12))};
     const vi low = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], a[0]), _mm256_maddubs_epi16(w[1], a[1]));
     const vi high = _mm256_add_epi16(_mm256_maddubs_epi16(w[2], a[2]), _mm256_maddubs_epi16(w[3], a[3]));
     if constexpr (bits <= 5) return widen_pairs(acc, _mm256_add_epi16(low, high));

@@ -9,12 +9,12 @@
 //   f16       loads are exact, stores round to nearest even; bf16 likewise
 //   dot_u8       acc += sum over the 4 bytes of a lane of (w - kU8Bias) * a, exact, for any bytes w and
 //                activations a in [-127, 127]
+//   dot_word     dot_u8 with the same 4 activations, those at q, in every lane
 //   dot_u7       acc += sum of p * v, exact, for p < 128 and any signed bytes v
 //   dot_s16      acc += sum over the 2 signed words of a lane of a * b, exact but for overflow of the sum
-//   dot16<bits>  acc += sum over the 4 lines w and their 4 bytes of a lane of w * a, exact, for 16
-//   activations
-//                a in [-127, 127]; below 8 bits the bytes are w < 2^bits, with 8 bits w stands for w -
-//                kU8Bias
+//   dot16<bits>  acc += sum over the 4 lines w and their 4 bytes of a lane of w * a, exact, for the 16
+//                activations in [-127, 127] at q; below 8 bits the bytes are w < 2^bits, with 8 bits w stands
+//                for w - kU8Bias
 //   vi_quad, vi_even_blocks, vi_odd_blocks, vi_store_s8_sum_quad  the steps of "many groups at once", below:
 //                four vectors into a quad; the even, or odd, 128-bit blocks of a, then those of b
 // A kernel whose lanes never meet (the quantized matmul) is written on the native vectors, a part at a time.
@@ -23,9 +23,21 @@
 
 #include <stdint.h>
 
-#include FASTLLM_ISA_HEADER  // "kernels/simd/<name>.h", from CMakeLists.txt
-
 #define FASTLLM_INLINE inline __attribute__((always_inline))
+
+namespace fastllm {
+namespace {
+
+FASTLLM_INLINE int32_t load_word(const void* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return word;
+}
+
+}  // namespace
+}  // namespace fastllm
+
+#include FASTLLM_ISA_HEADER  // "kernels/simd/<name>.h", from CMakeLists.txt
 
 namespace fastllm {
 namespace {
@@ -279,11 +291,7 @@ FASTLLM_INLINE vb shift(vb x) {
   }
 }
 // Four bytes, broadcast to every lane.
-FASTLLM_INLINE vi broadcast_word(const void* p) {
-  int32_t word;
-  __builtin_memcpy(&word, p, 4);
-  return vi_set1(word);
-}
+FASTLLM_INLINE vi broadcast_word(const void* p) { return vi_set1(load_word(p)); }
 
 }  // namespace
 }  // namespace fastllm
