@@ -32,7 +32,8 @@ static_assert(kStep == 16, "a step is four lines of four columns");
 
 constexpr int64_t kRowsAtOnce = kMatmulRowsAtOnce;  // rows whose starts and sums lie in scratch
 constexpr int64_t kAhead = 2048;                    // bytes of codes asked for ahead, in the direct path
-constexpr int kLinesAhead = 2;                      // of a ReadAhead, asked for with a block of 32 columns
+constexpr int kRowsALine =
+    4;  // and block of 32 columns, as many as leave time to ask for a line of a ReadAhead
 
 // How many columns share a scale: a step, a block of 32, or several blocks.
 enum class Share { step, block, blocks };
@@ -116,14 +117,16 @@ __attribute__((noinline)) void next_stretch(ReadAhead* ahead) {
 }
 
 // Asks for some lines; called for every tile's every block of 32 columns.
+template <int rows>
 FASTLLM_INLINE void read_ahead(ReadAhead* ahead) {
+  constexpr int kLines = rows < 2 * kRowsALine ? 2 : rows / kRowsALine;
   if (ahead->at >= ahead->stop) {
     if (ahead->run == ahead->end) return;
     next_stretch(ahead);
   }
-#pragma GCC unroll 2
-  for (int line = 0; line < kLinesAhead; ++line) __builtin_prefetch(ahead->at + 64 * line, 0, 2);
-  ahead->at += 64 * kLinesAhead;
+#pragma GCC unroll 4
+  for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead->at + 64 * line, 0, 2);
+  ahead->at += 64 * kLines;
 }
 
 // ---- where a tile's weights come from --------------------------------------------------------------------
@@ -167,9 +170,10 @@ struct Packed {
   FASTLLM_INLINE vb line(int64_t block) const {
     return codes.template line<kind, quad>(block, part);
   }
+  template <int rows>
   FASTLLM_INLINE void prefetch(int64_t block) const {
     next.ask<kind == Unpack::u8 ? 512 : 256>(block);
-    read_ahead(ahead);
+    read_ahead<rows>(ahead);
   }
   // Asked for with the first of a panel's tiles.
   FASTLLM_INLINE void tile_done() { next.end = nullptr; }
@@ -194,13 +198,14 @@ struct Unpacked {
   FASTLLM_INLINE vb line(int64_t block) const {
     return vb_load(bytes + block * 512 + quad * 64 + part * kLineBytes);
   }
+  template <int rows>
   FASTLLM_INLINE void prefetch(int64_t block) const {
     const uint8_t* p = next + block * 256;
     if (p < end) {
 #pragma GCC unroll 4
       for (int64_t at = 0; at < 256; at += 64) __builtin_prefetch(p + at, 0, 2);
     }
-    read_ahead(ahead);
+    read_ahead<rows>(ahead);
   }
   FASTLLM_INLINE void tile_done() { next += kp / 32 * 256; }
   FASTLLM_INLINE vf scale(int64_t g) const { return v_load(scales + g * kPanel + part * kLanes); }
@@ -333,11 +338,11 @@ __attribute__((noinline)) void tile(const Weights& weights, const Activations& x
     for (int64_t block = 0, g = 0; block < blocks; ++g) {
       const int64_t end = min_of(block + x.blocks_per_group, blocks);
       vf t[R];
-      weights.prefetch(block);
+      weights.template prefetch<R>(block);
       add_step<R, 0, true>(weights, x, block, t);
       add_step<R, 4, false>(weights, x, block, t);
       while (++block < end) {
-        weights.prefetch(block);
+        weights.template prefetch<R>(block);
         add_step<R, 0, false>(weights, x, block, t);
         add_step<R, 4, false>(weights, x, block, t);
       }
@@ -345,7 +350,7 @@ __attribute__((noinline)) void tile(const Weights& weights, const Activations& x
     }
   } else {
     for (int64_t block = 0; block < blocks; ++block) {
-      weights.prefetch(block);
+      weights.template prefetch<R>(block);
       if constexpr (kManyRegisters) {
         add_block<R, share>(weights, x, block, acc);
       } else if constexpr (share == Share::block) {
