@@ -7,7 +7,7 @@
 
 The rows are configurations of one engine. Each measurement is a process of its own, so that its memory is
 told apart; the rows take turns, round by round, so that a change of the machine's pace meets all of them. The
-machine's int8 peak is measured in every round.
+machine's int8 peak is measured in every round, and the greatest counts.
 
     no-cache     the traditional loop: every new token computes the whole text again, one request at a time.
                  Measured on tokens drawn from all answers, since all of them would take minutes a round
@@ -37,6 +37,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -212,7 +213,8 @@ class Bench:
                     self.requests, answers, self._options.sampled, self._options.seed
                 )
             requests, expected = self._singles
-        process = Watched([sys.executable, str(WORKER), json.dumps(self._setup(case))], {})
+        command = [*shlex.split(self._options.under), sys.executable, str(WORKER)]
+        process = Watched([*command, json.dumps(self._setup(case))], {})
         about = process.line()
         group = case.starts(self.reservations)
         found = process.ask({"requests": requests, "group": group})
@@ -333,6 +335,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the requests (0)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--dollars-per-hour", type=float, default=0.1, help="price of the machine (0.1)")
+    parser.add_argument("--under", default="", help='starts each measurement, as in "taskset -c 0,1"')
     parser.add_argument("--out", type=Path, default=OUT, help="a folder")
     parser.add_argument("--report", type=Path, help="only write table and chart of this record, beside it")
     if "--quick" in arguments:
