@@ -329,7 +329,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--own", type=_span, default=(20, 200), help="tokens after it, least,most (20,200)")
     parser.add_argument("--answer", type=_span, default=(8, 256), help="tokens, least,most (8,256)")
     parser.add_argument("--sampled", type=int, default=16, help="tokens of the row no-cache (16)")
-    parser.add_argument("--max-model-len", type=int, default=1024, help="tokens of a reservation (1024)")
+    parser.add_argument("--max-model-len", type=int, default=768, help="tokens of a reservation (768)")
     parser.add_argument("--reservations", type=int, default=4, help="that the cache has room for (4)")
     parser.add_argument("--rate", type=float, default=0.0, help="arrivals a second; 0: all at once (0)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests (0)")
