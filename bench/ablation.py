@@ -26,7 +26,8 @@ the others at temperature 0.8 with a seed of their own. All answers must be equa
 rows with the default cache, and among those with int8.
 
 Writes DIR/ablation.json (every round), .md (the table) and .svg (the chart); with --rate the name says so.
-Run it on a machine that does nothing else: the record says how busy it was.
+With --append, rounds are added to the record that is there, if it is of the same source, model, machine and
+requests. Run it on a machine that does nothing else: the record says how busy it was.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ SYSTEM = (
     "the passage is about, and say how sure you are. Quote at most two lines. Be friendly and brief. "
     "Here is the letter of the reader:\n\n"
 )
+SHAPE = ("threads", "seed", "max_model_len", "reservations", "system", "own", "answer", "rate")
 TEMPERATURES = (0.0, 0.8)  # of the requests, in turns
 QUICK = {
     "rounds": 1,
@@ -279,16 +281,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cases = [case for case in CASES if case.name in names]
     path = Path(options.model) if Path(options.model).exists() else models.path(options.model)
     bench = Bench(options, path)
-    shape = ("threads", "rounds", "seed", "max_model_len", "reservations", "system", "own", "answer", "rate")
     record: dict[str, Any] = {
         "machine": machine.describe(["fastllm", "numpy", "tokenizers"]),
-        **{name: getattr(options, name) for name in (*shape, "sampled", "dollars_per_hour")},
+        **{name: getattr(options, name) for name in (*SHAPE, "sampled", "dollars_per_hour")},
         "model": {**machine.file_facts(path), "work": roofline.to_record(roofline.work_of(path))},
         "prompt_tokens": [len(request["prompt"]) for request in bench.requests],
         "answer_tokens": [request["tokens"] for request in bench.requests],
         "limits": [],
         "rows": [{"name": case.name, "title": case.title, **_switches(case), "rounds": []} for case in cases],
     }
+    file = out_of(options).with_suffix(".json")
+    if options.append and file.exists():
+        record = continued(json.loads(file.read_text()), record)
     bench.measure(REFERENCE)  # not counted: what the answers have to be
     for number in range(options.rounds):
         record["limits"].append(limits.measure(options.threads, record["machine"]["isa"], 0.05, 64))
@@ -296,9 +300,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             row["rounds"].append(bench.measure(case))
             seconds = row["rounds"][-1]["seconds"]
             print(f"{case.name} {number + 1}/{options.rounds}: {seconds:.1f} s", file=sys.stderr)
-        record["answers"] = bench.answers()
+        answers = bench.answers()
+        if record.setdefault("answers", answers) != answers:
+            raise SystemExit("--append: other answers than those of the rounds before")
         ablation_report.save(record, out_of(options))
     return record
+
+
+def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The record of earlier rounds, for more of the same.
+
+    Raises:
+        SystemExit: what was measured there is not the same.
+    """
+    for name, value in now.items():
+        if name in ("machine", "limits", "rows"):
+            continue
+        if before[name] != json.loads(json.dumps(value)):
+            raise SystemExit(f"--append: {name}: the record has another; use another --out")
+    for name in ("source", "processor", "processors", "isa"):
+        if before["machine"][name] != now["machine"][name]:
+            raise SystemExit(f"--append: {name}: the record has {before['machine'][name]!r}")
+    if [row["name"] for row in before["rows"]] != [row["name"] for row in now["rows"]]:
+        raise SystemExit("--append: the record has other rows")
+    return before
 
 
 def _switches(case: Case) -> dict[str, bool]:
@@ -336,6 +361,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--dollars-per-hour", type=float, default=0.1, help="price of the machine (0.1)")
     parser.add_argument("--under", default="", help='starts each measurement, as in "taskset -c 0,1"')
+    parser.add_argument("--append", action="store_true", help="rounds to the record that is there")
     parser.add_argument("--out", type=Path, default=OUT, help="a folder")
     parser.add_argument("--report", type=Path, help="only write table and chart of this record, beside it")
     if "--quick" in arguments:

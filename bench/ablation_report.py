@@ -196,7 +196,7 @@ def _preface(record: Record) -> list[str]:
         f"{sum(answers):,} generated. The cache has room for {cache:,} tokens in int16, which is "
         f"{record['reservations']} sequences of the greatest length, {record['max_model_len']}; int8 gets as "
         f"many bytes. Every row has what the row above has, except for what its name says; medians of "
-        f"{record['rounds']} interleaved rounds, each in a process of its own.",
+        f"{len(record['limits'])} interleaved rounds, each in a process of its own.",
     ]
 
 

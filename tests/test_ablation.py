@@ -105,6 +105,23 @@ def test_every_row_runs_and_does_what_it_is_called(
     assert json.loads((tmp_path / "ablation.json").read_text())["rows"] == record["rows"]
     shown = (tmp_path / "ablation.md").read_text()
     assert all(case.title in shown for case in ablation.CASES)
+    more = ["--model", str(model), "--rounds", "1", "--out", str(tmp_path), "--append"]
+    with pytest.raises(SystemExit, match="--append: the record has other rows"):
+        ablation.run(ablation.parse([*SHAPE, *more, "--rows", "paged"]))
+    with pytest.raises(SystemExit, match="--append: seed"):
+        ablation.run(ablation.parse([*SHAPE, *more, "--seed", "1"]))
+
+
+def test_rounds_are_added_to_a_record_of_the_same(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "measure", lambda *_: {"int8": 1e11})
+    more = ["--model", str(model), "--rounds", "1", "--rows", "paged", "--out", str(tmp_path), "--append"]
+    first = ablation.run(ablation.parse([*SHAPE, *more]))
+    second = ablation.run(ablation.parse([*SHAPE, *more, "--under", "nice -n 1"]))
+    assert second["rows"][0]["rounds"][:1] == first["rows"][0]["rounds"]
+    assert len(second["rows"][0]["rounds"]) == len(second["limits"]) == 2
+    assert "2 interleaved rounds" in (tmp_path / "ablation.md").read_text()
 
 
 def test_a_row_that_is_not_there_is_refused(model: Path) -> None:
@@ -163,7 +180,6 @@ def a_record(rate: float = 0.0) -> dict[str, Any]:
     return {
         "machine": {"date": "2026-01-01", "commit": "c" * 40, "processor": "<a processor>", "isa": "avx2"},
         "threads": 2,
-        "rounds": 3,
         "rate": rate,
         "max_model_len": 64,
         "reservations": 2,
