@@ -1,7 +1,7 @@
 """What each optimization brings: they are switched on one after the other, on the same requests.
 
     python bench/ablation.py --quick                   a look, into build/bench
-    python bench/ablation.py                           everything, 9 minutes on two cores
+    python bench/ablation.py                           everything, 10 minutes on two cores
     python bench/ablation.py --rate 3 --rows static,continuous,paged,prefix,int8     requests arrive at random
     python bench/ablation.py --report docs/benchmarks/ablation.json                  table and chart anew
 

@@ -16,7 +16,6 @@ from typing import Any
 import report
 import roofline
 import svg
-from results import median_interval
 
 Record = dict[str, Any]
 Result = dict[str, Any]
@@ -115,8 +114,7 @@ def _ratio(record: Record, above: dict[str, Any], row: dict[str, Any]) -> dict[s
         values = [quantile(a["request_seconds"], 0.5) / quantile(b["request_seconds"], 0.5) for a, b in pairs]
     else:
         values = [_tokens_per_second(b) / _tokens_per_second(a) for a, b in pairs]
-    low, high, level = median_interval(values)
-    return {"median": median(values), "low": low, "high": high, "level": level}
+    return {"median": median(values), "low": min(values), "high": max(values)}
 
 
 def save(record: Record, out: Path) -> None:

@@ -227,7 +227,7 @@ def test_results_are_the_arithmetic_of_the_rounds() -> None:
     assert (continuous["first_p50"], continuous["first_p99"]) == (1.0, 2.0)
     assert continuous["request_p50"] == 3.0
     assert lookup["kv_bytes"] == 500_000
-    assert lookup["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.5, "level": 0.75}
+    assert lookup["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.5}
     # five guesses went through the head in vain
     assert lookup["of_int8_peak"] == pytest.approx(2 * (400e6 + 105 * 5e5) / 4 / 2e9)
 
