@@ -86,9 +86,9 @@ def _take_stdout() -> Any:
     return _taken
 
 
-def reserve_stdout() -> None:
-    """To be called before a library that prints while it loads."""
-    _take_stdout()
+def reserve_stdout() -> Any:
+    """The file for the answers. To be called before a library that prints while it loads."""
+    return _take_stdout()
 
 
 def status() -> dict[str, int]:
