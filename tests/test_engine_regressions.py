@@ -312,10 +312,11 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     """Failure: memory and threads stay where the start fails after the weights were loaded."""
     path = large(tmp_path)
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    kept = []
+    kept, errors = [], []
     for _ in range(3):
-        with pytest.raises(RequestError, match="hooks"):
+        with pytest.raises(RequestError, match="hooks") as caught:
             LLM(path, hooks=[object()], **SMALL)  # type: ignore[list-item]
+        errors.append(caught)  # and with it the frames that the error has passed
         kept.append(resident_bytes())
     assert kept[-1] - kept[0] < 8 << 20
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
