@@ -269,6 +269,8 @@ def test_what_is_said_to_fit_into_memory_fits(
         assert error.had == free
         assert served(kv_cache_memory_bytes=error.would_fit) == error.would_fit
         per_block = refusal(kv_cache_memory_bytes=1).asked  # of one block
+        sums = f"KV cache of {error.asked // per_block} blocks x 16 tokens x {per_block // 16} bytes/token"
+        assert sums in str(error)
         assert error.would_fit + per_block > free
     assert served(kv_cache_memory_bytes=per_block) == per_block
     error = refusal(kv_cache_tokens=32, max_model_len=200)
