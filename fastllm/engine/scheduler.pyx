@@ -250,15 +250,13 @@ cdef class Scheduler:
                 the whole pool.
         """
         cdef Py_ssize_t pool_tokens = self.pool.num_blocks * self.pool.block_size
-        if num_prompt > self.max_model_len - (max_tokens != 0):
-            if max_tokens == 0:
-                raise CapacityError(
-                    "prompt within the model length", asked=num_prompt, had=self.max_model_len,
-                    would_fit=self.max_model_len, unit="prompt tokens",
-                )
+        cdef Py_ssize_t model_tokens = self.max_model_len - (max_tokens != 0)
+        if num_prompt > model_tokens:
+            what = "prompt within the model length"
+            if max_tokens != 0:
+                what = f"prompt within a model length of {self.max_model_len} tokens, one of them to generate"
             raise CapacityError(
-                f"prompt within a model length of {self.max_model_len} tokens, one of them to generate",
-                asked=num_prompt, had=self.max_model_len - 1, would_fit=self.max_model_len - 1,
+                what, asked=num_prompt, had=model_tokens, would_fit=min(model_tokens, pool_tokens),
                 unit="prompt tokens",
             )
         if num_prompt > pool_tokens:

@@ -155,7 +155,9 @@ class CpuExecutor:
             origin = f"{format_bytes(asked)} asked"
             if asked > free:
                 raise CapacityError(
-                    "kv_cache_bytes",
+                    f"KV cache of {blocks} blocks x {self._block_size} tokens x "
+                    f"{per_block // self._block_size} bytes/token, "
+                    f"beside {format_bytes(self._decoder.weight_bytes)} of weights",
                     asked=asked,
                     had=free,
                     would_fit=free // per_block * per_block,
