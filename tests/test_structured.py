@@ -595,7 +595,7 @@ def test_a_hostile_form_is_refused_and_the_engine_goes_on(name: str) -> None:
     with pytest.raises(RequestError) as caught:
         engine.add_request("a", [2], SamplingParams(structured_outputs=form(**HOSTILE[name])))
     assert caught.value.field == "structured_outputs"
-    assert time.monotonic() - started < grammars.COMPILE_SECONDS + 5
+    assert time.monotonic() - started < grammars.COMPILE_SECONDS * grammars._PATIENCE + 5
     assert len(str(caught.value)) < 1000
     assert not engine.has_unfinished()
     engine.add_request("b", [2], PLAIN)
@@ -615,9 +615,7 @@ def test_a_hostile_form_is_refused_and_the_engine_goes_on(name: str) -> None:
 )
 def test_what_is_catastrophic_elsewhere_is_compiled(given: dict[str, Any]) -> None:
     made = form(**given)
-    started = time.monotonic()
     assert grammars.try_grammar(made.kind, made.text)
-    assert time.monotonic() - started < grammars.COMPILE_SECONDS
 
 
 def test_equal_grammars_are_compiled_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,9 +652,27 @@ def test_a_panic_or_a_crash_of_the_trial_is_a_refusal(
     with pytest.raises(RequestError, match="structured_outputs"):
         grammars.try_grammar("regex", "a")
     crash.write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(grammars, "COMPILE_SECONDS", 0.3)
+    monkeypatch.setattr(grammars, "COMPILE_SECONDS", 0.03)
     with pytest.raises(RequestError, match="within"):
         grammars.try_grammar("regex", "a")
+
+
+def test_a_trial_may_take_a_processor_for_so_long_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The clock does not count: a machine with other work refuses nothing that it accepts else."""
+    trial = Path(grammars.TRIAL).read_text()
+    for work, seconds in (("while True: pass", 1), ("import time; time.sleep(1.5)", 1)):
+        slow = tmp_path / "slow.py"
+        slow.write_text(trial.replace("    sys.path.append(", f"    {work}\n    sys.path.append(", 1))
+        assert work in slow.read_text()
+        monkeypatch.setattr(grammars, "TRIAL", str(slow))
+        monkeypatch.setattr(grammars, "COMPILE_SECONDS", seconds)
+        if "while" in work:
+            with pytest.raises(RequestError, match="within 1 seconds"):
+                grammars.try_grammar("regex", "a")
+        else:
+            assert grammars.try_grammar("regex", "a")
 
 
 def test_llguidance_is_not_loaded_without_a_grammar() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 Mask = npt.NDArray[np.uint32]  # (ceil(V / 32),) token i is allowed if bit i % 32 of word i // 32 is 1
 
-COMPILE_SECONDS = 3.0  # that a grammar's trial may take, the start of its process included
+COMPILE_SECONDS = 3  # of a processor that a grammar's trial may take, the start of its process included
+_PATIENCE = 10  # times as long on the clock: others may want the processors too
 CACHED_GRAMMARS = 32
 # llguidance's own: fuel for building the lexer, fuel and items of one step, states (1 to 2 KB each).
 LIMITS: dict[str, Any] = {
@@ -210,21 +212,22 @@ def try_grammar(kind: str, text: str) -> str:
     import llguidance
 
     folder = os.path.dirname(os.path.dirname(llguidance.__file__))
-    order = json.dumps({"kind": kind, "text": text, "limits": LIMITS})
+    order = json.dumps({"kind": kind, "text": text, "limits": LIMITS, "seconds": COMPILE_SECONDS})
     try:
         trial = subprocess.run(
             [sys.executable, "-I", "-S", TRIAL, folder],
             input=order.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=COMPILE_SECONDS,
+            timeout=_PATIENCE * COMPILE_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        limit = f"{kind}: something that compiles within {COMPILE_SECONDS:g} seconds"
-        raise refusal(text, limit) from None
+        raise _too_slow(kind, text) from None
     except OSError as error:
         raise refusal(text, f"{kind}: a system that starts a process to compile it in ({error})") from error
+    if trial.returncode == -signal.SIGXCPU:
+        raise _too_slow(kind, text)
     if trial.returncode != 0 or not trial.stdout:
         raise refusal(
             text, f"{kind}: something less deep or less large (compiling it took all stack or memory)"
@@ -234,6 +237,10 @@ def try_grammar(kind: str, text: str) -> str:
         raise _rejected(kind, text, answer["error"])
     grammar: str = answer["grammar"]
     return grammar
+
+
+def _too_slow(kind: str, text: str) -> RequestError:
+    return refusal(text, f"{kind}: something that compiles within {COMPILE_SECONDS} seconds")
 
 
 def _rejected(kind: str, text: str, reason: str) -> RequestError:

@@ -1,11 +1,14 @@
 """From a form of output to llguidance's grammar, tried out in a process of its own.
 
-    python -I -S grammar_trial.py FOLDER < {"kind": ..., "text": ..., "limits": {...}} > {"grammar": ...}
+    python -I -S grammar_trial.py FOLDER < ORDER > {"grammar": ...}
+
+ORDER is {"kind": ..., "text": ..., "limits": {...}, "seconds": of a processor that it may take}, FOLDER where
+llguidance is installed.
 
 Compiling what a stranger wrote may take for ever, take all memory, or exhaust the stack, and none of these
 can be undone within a process. So the first attempt is made here, on a vocabulary of single bytes; only what
-comes through is compiled by the engine's process. FOLDER is where llguidance is installed. This file imports
-nothing of fastllm: it starts in some hundredths of a second.
+comes through is compiled by the engine's process. This file imports nothing of fastllm: it starts in some
+hundredths of a second.
 """
 
 from __future__ import annotations
@@ -62,14 +65,15 @@ def attempt(order: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
+    order = json.load(sys.stdin)
     try:
         import resource
-    except ImportError:  # not a Unix: then without the limit
+    except ImportError:  # not a Unix: then without the limits
         pass
     else:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (order["seconds"], order["seconds"] + 1))
     sys.path.append(sys.argv[1])
-    order = json.load(sys.stdin)
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=lambda: json.dump(attempt(order), sys.stdout))
     thread.start()
