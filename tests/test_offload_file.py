@@ -8,6 +8,7 @@ import random
 import stat
 import sys
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -150,6 +151,25 @@ def test_reset_gives_the_space_back_also_while_a_block_is_written(
     file.wait()
     assert [found(file, name) for name in names(4)] == [False, True, False, False]
     assert file.num_bytes == 2 * PAGE
+
+
+def test_close_waits_for_the_write_at_hand_only(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, write = threading.Event(), offload.write_at
+    written: list[int] = []
+
+    def slow(*arguments: Any) -> int:
+        entered.set()
+        time.sleep(0.05)
+        written.append(write(*arguments))
+        return written[-1]
+
+    monkeypatch.setattr(offload, "write_at", slow)
+    file = make()
+    put(file, names(4))
+    entered.wait()
+    file.close()
+    assert written == [SIZE]
+    assert (file.num_blocks, file.num_dropped) == (0, 0)
 
 
 def test_two_threads_at_once_disturb_nothing(make: Any) -> None:

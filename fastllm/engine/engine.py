@@ -215,6 +215,7 @@ class Engine:
         self._obituary = ""
         self._lost: tuple[str, ...] = ()
         self._closed = False
+        self._scheduling = False  # within `Scheduler.schedule`, which reads a file
         self._offload: Offload | None = None
         if config.kv_offload_bytes is not None:
             self._offload = open_offload(
@@ -488,6 +489,10 @@ class Engine:
         except Exception as error:
             raise self._die(error) from error
         except BaseException as error:
+            if self._scheduling:  # a sequence was not admitted, nothing else has happened
+                self._scheduling = False
+                self._note_scheduled(started)
+                raise
             if scheduler.in_flight is None:  # the step was counted, its tokens are lost
                 raise self._die(error) from error
             scheduler.rollback()  # the same step comes again
@@ -532,7 +537,9 @@ class Engine:
         while True:
             if self._guides.pending:
                 self._take_masks(patience)
+            self._scheduling = True
             batch = scheduler.schedule()
+            self._scheduling = False
             if scheduler.preempted or scheduler.admitted:
                 self._note_scheduled(started)
             if batch is not None or not self._guides.pending:

@@ -288,10 +288,10 @@ class OffloadFile:
         if self._process == os.getpid():
             with self._changed:
                 self._closed = True
-                self._index.clear()
-                self._queue.clear()
                 self._changed.notify_all()
             self._writer.join()
+            self._index.clear()
+            self._queue.clear()
         self._closed = True
         file, self._file = self._file, -1
         os.close(file)
