@@ -1,4 +1,4 @@
-"""What a prefix costs that is computed, known in memory, or brought back from the file, and what saving costs.
+"""What a prefix costs that is computed, known in memory, or brought back from the file; what saving costs.
 
     python bench/offload.py [MODEL] [--rounds 9] [--directory DIR] [--json FILE]
 
@@ -95,7 +95,11 @@ def main() -> None:
     for name in sorted(times):
         low, high = min(times[name]), max(times[name])
         print(f"{name:32s} {statistics.median(times[name]):9.2f} ms  ({low:.2f} to {high:.2f})")
-    dropped = {name: engine.scheduler.offload.file.num_dropped for name, engine in engines.items() if engine.scheduler.offload}
+    dropped = {
+        name: engine.scheduler.offload.file.num_dropped
+        for name, engine in engines.items()
+        if engine.scheduler.offload
+    }
     print("dropped:", dropped)
     for engine in engines.values():
         engine.close()

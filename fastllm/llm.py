@@ -65,11 +65,11 @@ class LLM:
         block_size: tokens per block of the KV cache: 16, 32 or 64.
         enable_prefix_caching: compute what several requests begin with only once: full blocks of the KV cache
             stay until their place is needed, and are found by their tokens. No answer depends on it.
-        kv_offload_bytes: size of a file to which blocks go when their place is needed, and from which they come
-            back when a prompt begins with them again, in a fraction of the time that computing them takes. No
-            answer depends on it. None: they are forgotten.
-        kv_offload_dir: directory in which the file is made, without a name and for this user alone; it is gone
-            with the LLM. None: the system's temporary directory, which should not itself be in memory.
+        kv_offload_bytes: size of a file to which blocks go when their place is needed, and from which they
+            come back when a prompt begins with them again, in a fraction of the time that computing them
+            takes. No answer depends on it. None: they are forgotten.
+        kv_offload_dir: directory in which the file is made, without a name and for this user alone; it is
+            gone with the LLM. None: the system's temporary directory, which should not itself be in memory.
         kv_offload_encrypted: encrypt the file (AES-256-GCM, a key that never leaves the process's memory): it
             holds what prompts and answers say, in another form. Needs the extra "crypto".
         speculative_config: {"method": "ngram"} guesses at tokens that stood in the sequence before, computes

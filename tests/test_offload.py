@@ -353,7 +353,7 @@ def test_an_executor_without_blocks_to_read_is_refused() -> None:
         def kv_capacity(self) -> int:
             return 4
 
-    with pytest.raises(RequestError, match="kv_offload_bytes.*Plain"):
+    with pytest.raises(RequestError, match=r"kv_offload_bytes.*Plain"):
         make(Plain())
     with pytest.raises(CapacityError, match="kv_offload_bytes"):
         make(kv_offload_bytes=100)

@@ -347,8 +347,9 @@ Args:
 
 Raises:
     RequestError: anything else, or there is no KV cache; nothing was copied.)")
-      .def("write_blocks", &DecoderHandle::write_blocks, py::arg("blocks"), py::arg("data"),
-           R"(Copies what read_blocks gave back into blocks of a KV cache of the same kind; the GIL is released.
+      .def(
+          "write_blocks", &DecoderHandle::write_blocks, py::arg("blocks"), py::arg("data"),
+          R"(Copies what read_blocks gave back into blocks of a KV cache of the same kind; the GIL is released.
 
 Args:
     blocks: int32 (B,), below kv_blocks.

@@ -45,7 +45,7 @@ class ChecksumSeal:
     """
 
     def close(self, content: bytes, block: UInt8Array) -> tuple[memoryview, bytes]:
-        return memoryview(block), _crc(content, block)
+        return block.data, _crc(content, block)
 
     def open(self, content: bytes, buffer: UInt8Array, check: bytes) -> UInt8Array | None:
         block = buffer[: len(buffer) - TAIL]
@@ -71,13 +71,13 @@ class EncryptingSeal:
 
     def close(self, content: bytes, block: UInt8Array) -> tuple[memoryview, bytes]:
         nonce = next(self._nonces).to_bytes(self._NONCE, "little")
-        sealed = memoryview(self._cipher.encrypt(nonce, memoryview(block), content))
+        sealed = memoryview(self._cipher.encrypt(nonce, block.data, content))
         return sealed[:-TAIL], nonce + bytes(sealed[-TAIL:])
 
     def open(self, content: bytes, buffer: UInt8Array, check: bytes) -> UInt8Array | None:
         buffer[-TAIL:] = np.frombuffer(check, np.uint8)[self._NONCE :]
         try:
-            block = self._cipher.decrypt(check[: self._NONCE], memoryview(buffer), content)
+            block = self._cipher.decrypt(check[: self._NONCE], buffer.data, content)
         except self._invalid:
             return None
         return np.frombuffer(block, np.uint8)
@@ -93,4 +93,4 @@ def check_encryption() -> None:
 
 
 def _crc(content: bytes, block: UInt8Array) -> bytes:
-    return zlib.crc32(block, zlib.crc32(content)).to_bytes(4, "little")
+    return zlib.crc32(block.data, zlib.crc32(content)).to_bytes(4, "little")

@@ -120,8 +120,8 @@ class EngineLoad:
         num_prefix_queries, num_prefix_hits: prompt tokens looked up in the prefix cache so far, and found
             there.
         num_preemptions: sequences preempted so far.
-        num_offloaded_blocks: blocks that were evicted from the KV cache and can be brought back, some of which
-            may be in the cache as well.
+        num_offloaded_blocks: blocks that were evicted from the KV cache and can be brought back; some may be
+            in the cache as well.
         offloaded_bytes: size of the file that they are in.
         num_restored_tokens: tokens of blocks that were brought back so far; those of prompts among them are
             hits too.
@@ -372,8 +372,8 @@ class Engine:
         return root if cache_salt is None else prefix_root(root, cache_salt)
 
     def reset_prefix_cache(self) -> None:
-        """Forget what cached blocks hold, in memory and in the file: no later request finds them. What runs is
-        not disturbed."""
+        """Forget what cached blocks hold, in memory and in the file: no later request finds them. What runs
+        is not disturbed."""
         with self._guard:
             self.scheduler.pool.reset_prefix_cache()
             if self._offload is not None:

@@ -161,7 +161,9 @@ class OffloadFile:
         self.num_failed = 0
         self._seal: Seal = EncryptingSeal() if encrypted else ChecksumSeal()
         self._buffer = np.empty(block_bytes + TAIL, np.uint8)  # of what `get` reads
-        self._index: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()  # slot, check; longest unused first
+        self._index: OrderedDict[bytes, tuple[int, bytes]] = (
+            OrderedDict()
+        )  # slot, check; longest unused first
         self._queue: OrderedDict[bytes, UInt8Array] = OrderedDict()
         self._num_slots = 0
         self._free: list[int] = []
@@ -431,7 +433,7 @@ def make_file(directory: str | os.PathLike[str] | None) -> int:
 
 def read_at(file: int, buffer: UInt8Array, offset: int) -> int:
     """Read from an offset. Returns how many bytes there were."""
-    return os.preadv(file, [memoryview(buffer)], offset)
+    return os.preadv(file, [buffer.data], offset)
 
 
 def write_at(file: int, data: memoryview, offset: int) -> int:
@@ -439,7 +441,9 @@ def write_at(file: int, data: memoryview, offset: int) -> int:
     return os.pwrite(file, data, offset)
 
 
-def check_options(max_bytes: object, directory: object, encrypted: object, enable_prefix_caching: bool) -> None:
+def check_options(
+    max_bytes: object, directory: object, encrypted: object, enable_prefix_caching: bool
+) -> None:
     """Raises RequestError unless kv_offload_bytes, kv_offload_dir and kv_offload_encrypted can be had."""
     if not isinstance(encrypted, bool):
         raise RequestError("kv_offload_encrypted", encrypted, "a bool")

@@ -5,8 +5,8 @@
 `schedule` and `update` take turns. Each step has one budget of max_num_batched_tokens. Sequences that decode
 come first, one token each; what is left goes to chunks of prompts, of running and waiting sequences alike, in
 the order of their deadlines, for as long as budget, max_num_seqs and blocks last. A sequence gets the blocks
-for all its known tokens when it is admitted, those of a known prefix from the index of the block pool, then
-one block at a time as it grows.
+for all its known tokens when it is admitted, those of a known prefix from the index of the block pool and
+further ones filled from a file (`offload`), then one block at a time as it grows.
 
 A deadline is the time of arrival, plus priority_interval seconds for each level that the priority lies below
 0: of two that wait the more important one is served first, but nobody is overtaken by what arrives later than
