@@ -65,6 +65,13 @@ class LLM:
         block_size: tokens per block of the KV cache: 16, 32 or 64.
         enable_prefix_caching: compute what several requests begin with only once: full blocks of the KV cache
             stay until their place is needed, and are found by their tokens. No answer depends on it.
+        kv_offload_bytes: size of a file to which blocks go when their place is needed, and from which they
+            come back when a prompt begins with them again, in a fraction of the time that computing them
+            takes. No answer depends on it. None: they are forgotten.
+        kv_offload_dir: directory in which the file is made, without a name and for this user alone; it is
+            gone with the LLM. None: the system's temporary directory, which should not itself be in memory.
+        kv_offload_encrypted: encrypt the file (AES-256-GCM, a key that never leaves the process's memory): it
+            holds what prompts and answers say, in another form. Needs the extra "crypto".
         speculative_config: {"method": "ngram"} guesses at tokens that stood in the sequence before, computes
             them along with the newest one and keeps those that are sampled anyway: no answer depends on it,
             but edits, summaries and code come up to several times as fast. Where guesses do not pay, as in
@@ -106,6 +113,9 @@ class LLM:
         max_num_batched_tokens: int = 512,
         block_size: int = 16,
         enable_prefix_caching: bool = True,
+        kv_offload_bytes: int | None = None,
+        kv_offload_dir: str | os.PathLike[str] | None = None,
+        kv_offload_encrypted: bool = False,
         speculative_config: Mapping[str, Any] | None = None,
         target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
@@ -128,6 +138,9 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
+            kv_offload_bytes=kv_offload_bytes,
+            kv_offload_dir=kv_offload_dir,
+            kv_offload_encrypted=kv_offload_encrypted,
             speculative_config=speculative_config,
             target_itl_ms=target_itl_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,

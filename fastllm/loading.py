@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastllm.engine.offload import check_options
 from fastllm.errors import CapacityError, ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.source import DEFAULT_MODEL, resolve
 
@@ -52,6 +53,9 @@ class ModelOptions:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     enable_prefix_caching: bool = True
+    kv_offload_bytes: int | None = None
+    kv_offload_dir: str | os.PathLike[str] | None = None
+    kv_offload_encrypted: bool = False
     speculative_config: Mapping[str, Any] | None = None
     target_itl_ms: float | None = None
     kv_cache_memory_bytes: int | None = None
@@ -74,6 +78,9 @@ class ModelOptions:
         _choice("block_size", self.block_size, BLOCK_SIZES)
         if not isinstance(self.enable_prefix_caching, bool):
             raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
+        check_options(
+            self.kv_offload_bytes, self.kv_offload_dir, self.kv_offload_encrypted, self.enable_prefix_caching
+        )
         _check_speculation(self.speculative_config)
         target = self.target_itl_ms
         real = isinstance(target, (int, float)) and not isinstance(target, bool)
@@ -305,6 +312,9 @@ def _engine(
         prompt_lookup_min=speculation.get("prompt_lookup_min", 2),
         cache_identity=identity,
         max_loras=options.max_loras,
+        kv_offload_bytes=options.kv_offload_bytes,
+        kv_offload_dir=options.kv_offload_dir,
+        kv_offload_encrypted=options.kv_offload_encrypted,
     )
     return Engine(executor, tokenizer, config, hooks)
 

@@ -5,7 +5,7 @@ It keeps a store with one value per cache slot, written through `slot_mapping` a
 sampled token is a hash of the values of the whole context and of the row's sampling arrays. So a wrong slot,
 a wrong block table, a block lost or shared by mistake, a wrong position, seed or list changes the tokens. An
 adapter, here any file, has a part in every value. `expected_tokens` computes the same from the plain token
-list, without pages or batches.
+list, without pages or batches. A block read, and written to another one, takes its values along.
 
 Also here: a tokenizer and a detokenizer over a tiny vocabulary with multi-byte characters cut in two.
 """
@@ -15,7 +15,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,23 @@ class FakeExecutor:
     def close(self) -> None:
         self.num_closed += 1
 
+    @property
+    def block_bytes(self) -> int:
+        return 2 * 8 * self.block_size
+
+    def read_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
+        for block, row in zip(blocks.tolist(), out, strict=True):
+            tokens = self.tokens.reshape(self.num_blocks, self.block_size)[block]
+            assert (tokens >= 0).all(), "a block is saved that is not full"
+            values = self.values.reshape(self.num_blocks, self.block_size)[block]
+            row.view(np.uint64)[:] = np.concatenate([values, tokens.astype(np.uint64)])
+
+    def write_blocks(self, blocks: np.ndarray, data: np.ndarray) -> None:
+        for block, row in zip(blocks.tolist(), data, strict=True):
+            values, tokens = np.ascontiguousarray(row).view(np.uint64).reshape(2, self.block_size)
+            self.values.reshape(self.num_blocks, self.block_size)[block] = values
+            self.tokens.reshape(self.num_blocks, self.block_size)[block] = tokens.astype(np.int64)
+
     def read_adapter(self, path: Path) -> FakeAdapter:
         self.before_read()
         if not path.is_file():
@@ -297,6 +315,38 @@ class FakeExecutor:
             else unpack_mask(batch.mask_words[batch.mask_row[r]], self.vocab_size),
             (int(batch.top_k[r]), float(batch.top_p[r]), float(batch.min_p[r])),
         )
+
+
+class MemoryFile:
+    """What `OffloadFile` does, in memory and at once: the last `room` blocks; each `every`-th `get` fails."""
+
+    def __init__(self, room: int, every: int = 0) -> None:
+        self.blocks: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.room = room
+        self.every = every
+        self.gets = 0
+
+    def put(self, contents: Sequence[bytes], read: Callable[[list[int]], np.ndarray]) -> None:
+        self.touch(contents)
+        places = [place for place, content in enumerate(contents) if content not in self.blocks]
+        for place, block in zip(places, read(places), strict=True):
+            self.blocks[contents[place]] = block.copy()
+        while len(self.blocks) > self.room:
+            self.blocks.popitem(last=False)
+
+    def get(self, content: bytes) -> np.ndarray | None:
+        self.gets += 1
+        if self.every and self.gets % self.every == 0:
+            self.blocks.pop(content, None)
+        return self.blocks.get(content)
+
+    def touch(self, contents: Iterable[bytes]) -> None:
+        for content in contents:
+            if content in self.blocks:
+                self.blocks.move_to_end(content)
+
+    def reset(self) -> None:
+        self.blocks.clear()
 
 
 def check_shapes(

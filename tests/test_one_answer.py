@@ -80,6 +80,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "batched": {},
     "chunked": {"max_num_batched_tokens": 7},
     "preempted": {"kv_cache_tokens": 192, "max_model_len": 192},
+    "offloaded": {"kv_cache_tokens": 192, "max_model_len": 192, "kv_offload_bytes": 256 << 20},
     "one-thread": {"threads": 1},
     "more-threads-than-processors": {"threads": 5},
     "other-blocks": {"block_size": 64},
@@ -96,7 +97,7 @@ def test_64_prompts_together_give_what_each_gives_alone(
     count = 16 if arrangement == "more-threads-than-processors" else 64
     with LLM(default_model_path, **options) as llm:
         outputs = llm.generate(prompts(count), [params(i) for i in range(count)])
-    if arrangement == "preempted":
+    if arrangement in ("preempted", "offloaded"):
         assert sum(output.metrics.num_preemptions for output in outputs) > 0
     for output, expected in zip(outputs, alone, strict=False):
         assert fingerprint(output) == expected

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import EOS, PIECES, FakeExecutor, expected_states, expected_tokens
+from fake_executor import EOS, PIECES, FakeExecutor, MemoryFile, expected_states, expected_tokens
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fastllm.engine.drafter import NgramDrafter
+from fastllm.engine.offload import Offload
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
 from fastllm.errors import CapacityError, RequestError
@@ -726,7 +727,7 @@ shared_prompts = st.tuples(
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests of one or several sequences come, run, are stopped and aborted at any moment, also while a
-    step is in flight; blocks are shared, copied, forgotten."""
+    step is in flight; blocks are shared, copied, forgotten, and perhaps brought back."""
 
     @initialize(
         blocks=st.integers(2, 14),
@@ -735,14 +736,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 12),
         length=st.integers(8, 40),
         guesses=st.sampled_from([0, 1, 4]),
+        file=st.sampled_from([None, (2, 0), (8, 3), (100, 0), (100, 5)]),
     )
-    def start(self, blocks: int, size: int, seqs: int, budget: int, length: int, guesses: int) -> None:
+    def start(
+        self,
+        blocks: int,
+        size: int,
+        seqs: int,
+        budget: int,
+        length: int,
+        guesses: int,
+        file: tuple[int, int] | None,
+    ) -> None:
         drafter = NgramDrafter(guesses, 1) if guesses else None
         self.scheduler = make(
             num_blocks=blocks, block_size=size, seqs=seqs, budget=budget, length=length, drafter=drafter
         )
         self.scheduler.pool.events = []
         self.executor = executor_of(self.scheduler)
+        if file is not None:
+            memory: Any = MemoryFile(*file)
+            self.scheduler.offload = Offload(self.executor, self.scheduler.pool, memory)
         self.live: list[Live] = []
         self.ended: list[Live] = []
         self.count = 0
@@ -794,10 +808,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.add(item, self.now)
             self.live.append(Live(item, prompt, params))
 
-    def _execute(self) -> None:
+    def _run(self) -> StepResult:
+        """The result of the step in flight; what it overwrites is saved before."""
         batch = self.scheduler.in_flight
         assert batch is not None
-        self._take(self.executor.run(batch))
+        if self.scheduler.offload is not None:
+            self.scheduler.offload.save()
+        return self.executor.run(batch)
+
+    def _execute(self) -> None:
+        self._take(self._run())
 
     def _take(self, result: StepResult) -> None:
         moved = self.scheduler.update(result)
@@ -833,12 +853,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def update_without_a_number(self, data: st.DataObject) -> None:
         """One sequence's logits are not numbers: it ends there, and the others do not notice."""
-        batch = self.scheduler.in_flight
-        assert batch is not None
         sampling = [one for one in self.live if one.item.num_scheduled and one.item.num_new]
         assume(sampling)
         one = data.draw(st.sampled_from(sampling))
-        result = self.executor.run(batch)
+        result = self._run()
         result.tokens[one.item.first_row + one.item.num_prompt_rows] = -1
         one.stopped_at = one.item.num_output
         self._take(result)
@@ -852,8 +870,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(computed=st.booleans())
     def rollback(self, computed: bool) -> None:
         if computed:
-            assert self.scheduler.in_flight is not None
-            self.executor.run(self.scheduler.in_flight)
+            self._run()
         self.scheduler.rollback()
 
     @precondition(lambda self: self.live)
@@ -867,6 +884,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def reset_prefix_cache(self) -> None:
         self.scheduler.pool.reset_prefix_cache()
+        if self.scheduler.offload is not None:
+            self.scheduler.offload.reset()
         assert self.scheduler.pool.num_cached == 0
 
     @precondition(lambda self: self.live and self.scheduler.in_flight is None)

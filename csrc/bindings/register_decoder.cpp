@@ -119,6 +119,20 @@ class DecoderHandle {
 
   void close() { decoder_.close(); }
 
+  void read_blocks(const py::object& blocks, const py::object& out) {
+    const BlockArrays arrays = check_blocks("Decoder.read_blocks", blocks, out, "out");
+    if (!py::reinterpret_borrow<py::array>(out).writeable())
+      Shapes("Decoder.read_blocks").fail("out", "a read-only array", "an array that can be written to");
+    const py::gil_scoped_release unlocked;
+    decoder_.read_blocks(arrays.blocks, arrays.count, const_cast<std::uint8_t*>(arrays.bytes));
+  }
+
+  void write_blocks(const py::object& blocks, const py::object& data) {
+    const BlockArrays arrays = check_blocks("Decoder.write_blocks", blocks, data, "data");
+    const py::gil_scoped_release unlocked;
+    decoder_.write_blocks(arrays.blocks, arrays.count, arrays.bytes);
+  }
+
   py::dict step(const py::object& batch, bool want_logits) {
     if (decoder_.kv_blocks() == 0) throw ArgumentError("step", "no KV cache", "allocate_kv before");
     Shapes shapes("StepBatch");
@@ -192,6 +206,24 @@ class DecoderHandle {
   }
 
  private:
+  struct BlockArrays {
+    const std::int32_t* blocks;
+    std::int64_t count;
+    const std::uint8_t* bytes;  // (count, block_bytes)
+  };
+  BlockArrays check_blocks(const char* call, const py::object& blocks, const py::object& bytes,
+                           const char* name) const {
+    if (decoder_.kv_blocks() == 0) throw ArgumentError(call, "no KV cache", "allocate_kv before");
+    Shapes shapes(call);
+    shapes.let("block_bytes", static_cast<std::int64_t>(decoder_.block_bytes()));
+    BlockArrays arrays{};
+    arrays.blocks = shapes.in<std::int32_t>(blocks, "blocks", {"B"});
+    arrays.count = shapes["B"];
+    arrays.bytes = shapes.in<std::uint8_t>(bytes, name, {"B", "block_bytes"});
+    check_range(shapes, "blocks", arrays.blocks, arrays.count, 0, decoder_.kv_blocks());
+    return arrays;
+  }
+
   static int check_threads(int threads) {
     if (threads < 0 || threads > 1024)
       throw ArgumentError("threads", std::to_string(threads), "0 (all) to 1024");
@@ -306,6 +338,25 @@ Not for several threads at once.)")
             return Decoder::kv_bytes_per_block(self.decoder().config(), block_size, kv_type(dtype));
           },
           py::arg("block_size"), py::arg("dtype"), "Bytes that one block takes over all layers, K and V.")
+      .def("read_blocks", &DecoderHandle::read_blocks, py::arg("blocks"), py::arg("out"),
+           R"(Copies whole blocks of the KV cache into out; the GIL is released.
+
+Args:
+    blocks: int32 (B,), below kv_blocks.
+    out: uint8 (B, kv_bytes_per_block), C-contiguous: K, V and their scales as they are stored.
+
+Raises:
+    RequestError: anything else, or there is no KV cache; nothing was copied.)")
+      .def(
+          "write_blocks", &DecoderHandle::write_blocks, py::arg("blocks"), py::arg("data"),
+          R"(Copies what read_blocks gave back into blocks of a KV cache of the same kind; the GIL is released.
+
+Args:
+    blocks: int32 (B,), below kv_blocks.
+    data: uint8 (B, kv_bytes_per_block), C-contiguous.
+
+Raises:
+    RequestError: anything else, or there is no KV cache; nothing was copied.)")
       .def(
           "load_adapter",
           [](DecoderHandle& self, std::int64_t index, const std::shared_ptr<Adapter>& adapter) {

@@ -43,6 +43,14 @@ class Decoder {
   std::int64_t kv_blocks() const { return kv_blocks_; }
   std::int32_t block_size() const { return block_size_; }
   static std::size_t kv_bytes_per_block(const DecoderConfig& config, std::int32_t block_size, KvType type);
+  // Bytes of one block of the cache that is allocated; 0 without one.
+  std::size_t block_bytes() const {
+    return kv_blocks_ ? kv_bytes_per_block(config_, block_size_, kv_type_) : 0;
+  }
+  // Copies whole blocks out of the cache and into it, (count, block_bytes()); each below kv_blocks(). Not
+  // while a step runs. See kv_blocks.cpp.
+  void read_blocks(const std::int32_t* blocks, std::int64_t count, std::uint8_t* out);
+  void write_blocks(const std::int32_t* blocks, std::int64_t count, const std::uint8_t* data);
   std::size_t weight_bytes() const;
 
   // Makes sequences of StepInput::adapter == index use it, in place of what was there. Throws ArgumentError

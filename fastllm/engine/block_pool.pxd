@@ -20,6 +20,9 @@ cdef class BlockPool:
     # the scheduler (hash, hash of the block before, token ids) of one that is remembered. None: nobody
     # listens.
     cdef public list events
+    # Gets (block, content hash) of what is evicted. The block's bytes are what they were until somebody
+    # writes to it, before which whoever keeps them elsewhere empties the list. None: nobody does.
+    cdef public list evicted
 
     cpdef Py_ssize_t blocks_for(self, Py_ssize_t num_tokens) noexcept
     cpdef bint can_allocate(self, Py_ssize_t count) noexcept

@@ -48,6 +48,7 @@ Invariants (`check` recomputes every one of them)
     P3  No count is negative.
     P4  Given the tables of all holders: references[b] = how often b occurs in them, for every b.
     P5  Index and hashes of the blocks say the same. A block on the free stack has none, an idle one has one.
+    P6  A block whose eviction is noted is noted once, and is known by no other content yet.
 
 The order in which blocks are given out depends on nothing but the calls made: a new pool gives 0, 1, 2, ...;
 later, what was freed last is given out first, each table in its own order (its bytes are the likeliest to
@@ -250,6 +251,8 @@ cdef class BlockPool:
             block = self.newer[self.num_blocks]
             self._remove_idle(block)
             self.free_stack.push_back(block)
+        if self.evicted is not None:
+            self.evicted.clear()
         if self.events is not None:
             self.events.append(None)
         return 0
@@ -261,6 +264,8 @@ cdef class BlockPool:
         content = self._hash_of[block]
         self._hash_of[block] = None
         del self._block_of[content]
+        if self.evicted is not None:
+            self.evicted.append((block, content))
         if self.events is not None:
             self.events.append(content)
         return block
@@ -423,6 +428,9 @@ cdef class BlockPool:
                 raise AssertionError(f"P5: block {i} is not found by its hash")
         if len(self._block_of) != sum(content is not None for content in self._hash_of):
             raise AssertionError("P5: the index has hashes that no block has")
+        noted = [gone for gone, _ in self.evicted or ()]
+        if len(set(noted)) < len(noted) or any(self._hash_of[gone] is not None for gone in noted):
+            raise AssertionError(f"P6: evictions noted of {noted}, of some of them too late")
         if tables is None:
             return
         counted = [0] * self.num_blocks

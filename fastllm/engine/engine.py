@@ -7,6 +7,7 @@ strings, logprobs). It runs in the caller's thread, one call at a time, and star
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ from fastllm.engine.constraints import Constraint, Constraints
 from fastllm.engine.drafter import NgramDrafter
 from fastllm.engine.hooks import EngineHook, HookTable, emit
 from fastllm.engine.interrupt import InterruptGuard
+from fastllm.engine.offload import Offload, open_offload
 from fastllm.engine.pooling import PooledPrompt, PoolingRequest
 from fastllm.engine.profile import Profile
 from fastllm.engine.request import Request
@@ -82,6 +84,9 @@ class EngineConfig:
         num_speculative_tokens: most tokens of a sequence that a step guesses (`NgramDrafter`); 0: none.
         prompt_lookup_min: tokens that must have stood somewhere before for a guess at what follows.
         max_loras: most LoRA adapters loaded at once.
+        kv_offload_bytes: size of a file that keeps what the prefix cache has to forget; None: nothing does.
+        kv_offload_dir: where the file is made, without a name; None: the system's temporary directory.
+        kv_offload_encrypted: whether what is in it is encrypted, with a key that nobody knows.
     """
 
     max_model_len: int
@@ -97,6 +102,9 @@ class EngineConfig:
     num_speculative_tokens: int = 0
     prompt_lookup_min: int = 2
     max_loras: int = 8
+    kv_offload_bytes: int | None = None
+    kv_offload_dir: str | os.PathLike[str] | None = None
+    kv_offload_encrypted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,11 @@ class EngineLoad:
         num_prefix_queries, num_prefix_hits: prompt tokens looked up in the prefix cache so far, and found
             there.
         num_preemptions: sequences preempted so far.
+        num_offloaded_blocks: blocks that were evicted from the KV cache and can be brought back; some may be
+            in the cache as well.
+        offloaded_bytes: size of the file that they are in.
+        num_restored_tokens: tokens of blocks that were brought back so far; those of prompts among them are
+            hits too.
     """
 
     num_running: int
@@ -123,6 +136,9 @@ class EngineLoad:
     num_prefix_queries: int
     num_prefix_hits: int
     num_preemptions: int
+    num_offloaded_blocks: int
+    offloaded_bytes: int
+    num_restored_tokens: int
 
 
 class Engine:
@@ -138,7 +154,9 @@ class Engine:
         clock: seconds, monotonic; the only clock in the engine.
 
     Raises:
-        RequestError: a limit is out of range or contradicts the executor.
+        RequestError: a limit is out of range or contradicts the executor, or there can be no file in
+            kv_offload_dir.
+        CapacityError: kv_offload_bytes is less than a block.
     """
 
     def __init__(
@@ -197,6 +215,17 @@ class Engine:
         self._obituary = ""
         self._lost: tuple[str, ...] = ()
         self._closed = False
+        self._scheduling = False  # within `Scheduler.schedule`, which reads a file
+        self._offload: Offload | None = None
+        if config.kv_offload_bytes is not None:
+            self._offload = open_offload(
+                executor,
+                self.scheduler.pool,
+                config.kv_offload_bytes,
+                config.kv_offload_dir,
+                config.kv_offload_encrypted,
+            )
+            self.scheduler.offload = self._offload
 
     # ---- requests ----------------------------------------------------------------------------------------
 
@@ -343,9 +372,12 @@ class Engine:
         return root if cache_salt is None else prefix_root(root, cache_salt)
 
     def reset_prefix_cache(self) -> None:
-        """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
+        """Forget what cached blocks hold, in memory and in the file: no later request finds them. What runs
+        is not disturbed."""
         with self._guard:
             self.scheduler.pool.reset_prefix_cache()
+            if self._offload is not None:
+                self._offload.reset()
             if self.scheduler.pool.events:
                 self._emit_cache_events(self._clock())
 
@@ -445,6 +477,8 @@ class Engine:
             batch = self._schedule(started)
             if batch is None:
                 return
+            if self._offload is not None:
+                self._offload.save()  # the step overwrites it
             called = self._clock()
             result = self._executor.collect(self._executor.submit(batch))
             scheduler.observe(self._clock() - called)
@@ -455,6 +489,10 @@ class Engine:
         except Exception as error:
             raise self._die(error) from error
         except BaseException as error:
+            if self._scheduling:  # a sequence was not admitted, nothing else has happened
+                self._scheduling = False
+                self._note_scheduled(started)
+                raise
             if scheduler.in_flight is None:  # the step was counted, its tokens are lost
                 raise self._die(error) from error
             scheduler.rollback()  # the same step comes again
@@ -486,6 +524,7 @@ class Engine:
                         scheduler.num_prefix_queries,
                         scheduler.num_prefix_hits,
                         scheduler.num_preemptions,
+                        *self._offloaded(),
                     ),
                 )
         except BaseException as error:  # tokens may be lost; going on would give wrong text
@@ -498,7 +537,9 @@ class Engine:
         while True:
             if self._guides.pending:
                 self._take_masks(patience)
+            self._scheduling = True
             batch = scheduler.schedule()
+            self._scheduling = False
             if scheduler.preempted or scheduler.admitted:
                 self._note_scheduled(started)
             if batch is not None or not self._guides.pending:
@@ -754,7 +795,17 @@ class Engine:
             num_prefix_queries=scheduler.num_prefix_queries,
             num_prefix_hits=scheduler.num_prefix_hits,
             num_preemptions=scheduler.num_preemptions,
+            num_offloaded_blocks=(offloaded := self._offloaded())[0],
+            offloaded_bytes=offloaded[1],
+            num_restored_tokens=offloaded[2],
         )
+
+    def _offloaded(self) -> tuple[int, int, int]:
+        """Blocks in the file, its bytes, tokens restored from it so far."""
+        if self._offload is None:
+            return 0, 0, 0
+        file = self._offload.file
+        return file.num_blocks, file.num_bytes, self.scheduler.num_restored_tokens
 
     @property
     def pool(self) -> BlockPool:
@@ -807,6 +858,8 @@ class Engine:
         self._ready.clear()
         self.constraints.close()
         self._guides.close()
+        if self._offload is not None:
+            self._offload.close()
         self._executor.close()
 
     def __enter__(self) -> Engine:
@@ -824,6 +877,8 @@ class Engine:
             AssertionError: the scheduler, or what the engine believes of it, is inconsistent.
         """
         self.scheduler.check()
+        if self._offload is not None:
+            self._offload.check()
         self.adapters.check(request.adapter for request in self._requests.values())
         live = {(item.request_id, item.index): item for item in self.scheduler.running}
         live.update({(item.request_id, item.index): item for item in self.scheduler.waiting})

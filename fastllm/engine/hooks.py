@@ -55,6 +55,9 @@ class Step:
     num_prefix_queries: int  # prompt tokens looked up in the prefix cache so far
     num_prefix_hits: int  # and found there
     num_preemptions: int  # so far
+    num_offloaded_blocks: int = 0  # evicted from the KV cache, and kept elsewhere
+    offloaded_bytes: int = 0  # that they take there
+    num_restored_tokens: int = 0  # of such blocks that were brought back so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,9 @@ class Aborted:
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
     """Full blocks of the KV cache can be found from now on: a run of one prompt, each after the one before.
+
+    This, like the two events below, speaks of memory alone: a block that goes to a file (kv_offload_bytes) is
+    removed, one that comes back is stored again.
 
     A hash is SHA-256 over the hash before and the block's token ids, little-endian int32.
     """

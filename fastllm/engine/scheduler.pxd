@@ -23,6 +23,8 @@ cdef class Scheduler:
     cdef readonly double priority_interval  # seconds that make up for one level of priority
     cdef readonly Py_ssize_t num_prefix_queries, num_prefix_hits  # prompt tokens
     cdef readonly Py_ssize_t num_preemptions
+    cdef public object offload  # where evicted blocks may be found again, an `Offload`; None: nowhere
+    cdef readonly Py_ssize_t num_restored_tokens
     cdef readonly NgramDrafter drafter
     cdef readonly double target_itl  # seconds; 0 = none
     cdef Py_ssize_t _steps_without_prompts
@@ -60,6 +62,7 @@ cdef class Scheduler:
     cdef int _schedule_prompts(
         self, StepBatch batch, Py_ssize_t budget, bint room, double seconds
     ) except -1
+    cdef Py_ssize_t _shareable_blocks(self, Sequence sequence)
     cdef bint _admit(self, Sequence sequence) except -1
     cdef int _preempt(self, Sequence sequence) except -1
     cdef int _remember(self, Sequence sequence) except -1

@@ -2,6 +2,7 @@ from typing_extensions import disjoint_base
 
 from fastllm.engine.block_pool import BlockPool
 from fastllm.engine.drafter import NgramDrafter
+from fastllm.engine.offload import Offload
 from fastllm.engine.sequence import Sequence
 from fastllm.engine.step_batch import StepBatch
 from fastllm.engine.step_cost import StepCost
@@ -25,6 +26,9 @@ class Scheduler:
     def num_prefix_queries(self) -> int: ...
     @property
     def num_prefix_hits(self) -> int: ...
+    @property
+    def num_restored_tokens(self) -> int: ...
+    offload: Offload | None
     @property
     def num_preemptions(self) -> int: ...
     @property

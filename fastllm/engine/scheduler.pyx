@@ -5,8 +5,8 @@
 `schedule` and `update` take turns. Each step has one budget of max_num_batched_tokens. Sequences that decode
 come first, one token each; what is left goes to chunks of prompts, of running and waiting sequences alike, in
 the order of their deadlines, for as long as budget, max_num_seqs and blocks last. A sequence gets the blocks
-for all its known tokens when it is admitted, those of a known prefix from the index of the block pool, then
-one block at a time as it grows.
+for all its known tokens when it is admitted, those of a known prefix from the index of the block pool and
+further ones filled from a file (`offload`), then one block at a time as it grows.
 
 A deadline is the time of arrival, plus priority_interval seconds for each level that the priority lies below
 0: of two that wait the more important one is served first, but nobody is overtaken by what arrives later than
@@ -169,6 +169,10 @@ cdef class Scheduler:
         num_prefix_queries, num_prefix_hits: prompt tokens that were looked up in the prefix index when their
             sequence was first admitted, and those found there. What a preempted sequence finds again counts
             in neither, nor do prompts of which every hidden state is wanted.
+        offload: where blocks that the pool has evicted may be found again, an `Offload`; None: nowhere. Set
+            it before the first sequence is added. Whoever runs the steps calls its `save` before each.
+        num_restored_tokens: tokens whose blocks came back from there so far, those of preempted sequences
+            too. Prompt tokens that came back when their sequence was first admitted are hits as well.
         num_preemptions: sequences preempted so far.
         num_drafts, num_draft_tokens, num_accepted_tokens: drafts that were computed, their tokens, and those
             of them that were right.
@@ -413,15 +417,21 @@ cdef class Scheduler:
         of a prompt are not in the index: what reports them reads only what it has reported already.
         """
         cdef Py_ssize_t idle = 0
-        cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
-        cdef Py_ssize_t most = (size - 1) // self.pool.block_size
+        cdef Py_ssize_t most = self._shareable_blocks(sequence)
         hits[0] = 0
         if sequence.root is not None:
-            if sequence.reports_prompt():
-                most = min(most, sequence.prompt_rows_done // self.pool.block_size)
             sequence.extend_hashes(most, self.pool.block_size)
             hits[0] = self.pool.find_prefix(sequence.hashes, most, &idle)
-        return self.pool.blocks_for(size) - hits[0] + idle
+        return self.pool.blocks_for(<Py_ssize_t> sequence.tokens.size()) - hits[0] + idle
+
+    cdef Py_ssize_t _shareable_blocks(self, Sequence sequence):
+        """How many of its first blocks it need not compute where their contents are known."""
+        cdef Py_ssize_t most = (<Py_ssize_t> sequence.tokens.size() - 1) // self.pool.block_size
+        if sequence.root is None:
+            return 0
+        if sequence.reports_prompt():
+            most = min(most, sequence.prompt_rows_done // self.pool.block_size)
+        return most
 
     cdef Py_ssize_t _schedule_decodes(self, StepBatch batch, Py_ssize_t budget, bint* room) except -1:
         """Schedule the running sequences that have one token to compute. Returns the budget that is left.
@@ -581,17 +591,30 @@ cdef class Scheduler:
     cdef bint _admit(self, Sequence sequence) except -1:
         """WAITING, PREEMPTED -> RUNNING for the head of the queue. Returns whether there was room."""
         cdef Py_ssize_t hits = 0
+        cdef Py_ssize_t restored = 0
+        cdef Py_ssize_t most
         if not self._has_room(1, self._blocks_to_admit(sequence, &hits)):
             return False
         if not self._keeps_target(sequence):
             return False
-        del self._waiting[0]
         self.pool.take_prefix(sequence.hashes, hits, sequence.blocks)
         self.pool.allocate_into(
             sequence.blocks, self.pool.blocks_for(<Py_ssize_t> sequence.tokens.size()) - hits
         )
+        if self.offload is not None:
+            most = self._shareable_blocks(sequence)
+            try:
+                if hits < most:
+                    restored = self.offload.restore(sequence.hashes[hits:most], sequence.block_ids[hits:most])
+            except BaseException:  # Ctrl-C: it waits on
+                self.pool.free_table(sequence.blocks)
+                raise
+        del self._waiting[0]
         sequence.num_remembered = hits
-        sequence.num_computed = hits * self.pool.block_size
+        sequence.num_computed = (hits + restored) * self.pool.block_size
+        if restored:
+            self.num_restored_tokens += restored * self.pool.block_size
+            self._remember(sequence)
         if sequence.num_preemptions == 0 and sequence.root is not None and sequence.num_output == 0:
             sequence.num_cached = sequence.num_computed
             if sequence.pooling != POOL_MEAN:

@@ -54,7 +54,7 @@ cdef class Sequence:
     cdef bytes root  # hash of what is before the first token; None: its blocks are not shared
     cdef list hashes  # of its full blocks, each over all tokens up to the block's end; see extend_hashes
     cdef Py_ssize_t num_remembered  # of its blocks, which the scheduler has told the index about
-    cdef readonly Py_ssize_t num_cached  # prompt tokens found in the index when it was first admitted
+    cdef readonly Py_ssize_t num_cached  # prompt tokens found when it was first admitted, in memory or file
 
     # When it ends.
     cdef readonly Py_ssize_t max_tokens  # -1 = up to the model length

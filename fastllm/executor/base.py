@@ -175,6 +175,26 @@ class AdapterHost(Protocol):
 
 
 @runtime_checkable
+class BlockStore(Protocol):
+    """What an executor has besides if the content of its KV cache's blocks can be kept elsewhere and brought
+    back, into any block. Called between steps."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: K and V of all layers, and what belongs to them."""
+        ...
+
+    def read_blocks(self, blocks: Int32Array, out: npt.NDArray[np.uint8]) -> None:
+        """Copy blocks (B,) to out (B, block_bytes)."""
+        ...
+
+    def write_blocks(self, blocks: Int32Array, data: npt.NDArray[np.uint8]) -> None:
+        """Copy data (B, block_bytes), which `read_blocks` gave, to blocks (B,): to whoever reads them they
+        are what those that were read were then."""
+        ...
+
+
+@runtime_checkable
 class PhaseTimer(Protocol):
     """What an executor has besides if it can tell where the time of its steps goes."""
 

@@ -60,8 +60,8 @@ class CpuAdapter:
 
 
 class CpuExecutor:
-    """Runs one model on the CPU. Implements `Executor`, `AdapterHost`, `PhaseTimer` and `Sleeper` of
-    `fastllm.executor.base`.
+    """Runs one model on the CPU. Implements `Executor`, `AdapterHost`, `BlockStore`, `PhaseTimer` and
+    `Sleeper` of `fastllm.executor.base`.
 
     Args:
         checkpoint: what the weights are read from; it may be closed afterwards.
@@ -267,6 +267,27 @@ class CpuExecutor:
     def unload_adapter(self, index: int) -> None:
         """Between two steps: forgets the adapter of an index, if it has one."""
         self._decoder.unload_adapter(index)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of the KV cache over all layers, K and V."""
+        return self.kv_cache_bytes // self._kv_blocks
+
+    def read_blocks(self, blocks: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]) -> None:
+        """Between two steps: copies blocks (B,) to out (B, block_bytes); the GIL is released.
+
+        Raises:
+            RequestError: a block or a shape out of range, or it sleeps.
+        """
+        self._decoder.read_blocks(blocks, out)
+
+    def write_blocks(self, blocks: npt.NDArray[np.int32], data: npt.NDArray[np.uint8]) -> None:
+        """Between two steps: copies data (B, block_bytes), from `read_blocks`, to blocks (B,).
+
+        Raises:
+            RequestError: a block or a shape out of range, or it sleeps.
+        """
+        self._decoder.write_blocks(blocks, data)
 
     def profile(self, on: bool) -> None:
         """Starts, from zero, or ends the measurement of `phase_seconds`."""
