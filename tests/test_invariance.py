@@ -84,6 +84,7 @@ class Counts:
     preemptions: int
     hits: int
     accepted: int
+    restored: int
 
 
 def engine_of(model: Path, **options: Any) -> Engine:
@@ -187,7 +188,12 @@ def compare(
                 if asked.aborted_after is None:
                     assert found == expected, (asked, arrangement)
         scheduler = engine.scheduler
-        return Counts(scheduler.num_preemptions, scheduler.num_prefix_hits, scheduler.num_accepted_tokens)
+        return Counts(
+            scheduler.num_preemptions,
+            scheduler.num_prefix_hits,
+            scheduler.num_accepted_tokens,
+            scheduler.num_restored_tokens,
+        )
 
 
 # ---- random workloads ------------------------------------------------------------------------------------
@@ -244,13 +250,16 @@ def requests(draw: st.DrawFn) -> Asked:
 @st.composite
 def arrangements(draw: st.DrawFn) -> Arrangement:
     block_size = draw(st.sampled_from([16, 16, 32, 64]))
+    caching = draw(st.sampled_from([True, True, False]))
+    offload = draw(st.sampled_from([None, OFFLOAD, {**OFFLOAD, "kv_offload_encrypted": True}]))
     return Arrangement(
         {
             "block_size": block_size,
             "kv_cache_tokens": draw(st.sampled_from([MODEL_LEN, 4 * MODEL_LEN])),
             "max_num_seqs": draw(st.integers(1, 8)),
             "max_num_batched_tokens": draw(st.sampled_from([1, 3, 8, 64, 512])),
-            "enable_prefix_caching": draw(st.sampled_from([True, True, False])),
+            "enable_prefix_caching": caching,
+            **(offload if caching and offload else {}),
             "speculative_config": draw(st.sampled_from([None, GUESSING])),
             "target_itl_ms": draw(st.sampled_from([None, 0.5])),
             "threads": draw(st.integers(1, 3)),
@@ -260,6 +269,7 @@ def arrangements(draw: st.DrawFn) -> Arrangement:
     )
 
 
+OFFLOAD = {"kv_offload_bytes": 1 << 20}
 GUESSING = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1}
 
 
@@ -297,6 +307,7 @@ NAMED = {
     "chunked": Arrangement({"max_num_batched_tokens": 5}),
     "preempted": Arrangement({"kv_cache_tokens": MODEL_LEN}),
     "prefix-hit": Arrangement(times=2),
+    "offloaded": Arrangement({**OFFLOAD, "kv_cache_tokens": MODEL_LEN}, times=2),
     "speculative": Arrangement({"speculative_config": GUESSING, "max_num_seqs": 2}),
 }
 
@@ -309,7 +320,8 @@ def alone(model: Path) -> list[Answer]:
 @pytest.mark.parametrize("name", NAMED)
 def test_named_arrangements_do_what_they_are_there_for(name: str, model: Path, alone: list[Answer]) -> None:
     counts = compare(model, a_workload(), NAMED[name], alone)
-    assert (counts.preemptions > 0) == (name == "preempted")
+    assert (counts.preemptions > 0) == (name in ("preempted", "offloaded"))
+    assert (counts.restored > 0) == (name == "offloaded")
     if name == "prefix-hit":
         assert counts.hits > 500
     if name == "speculative":
