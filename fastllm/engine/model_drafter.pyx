@@ -29,7 +29,7 @@ batch that makes it, in steps that yield one token each; what it is worth is the
 are learnt: times by a `StepCost` each; chances for every sequence, by how sure the draft model was of its
 token. A sequence whose guesses are not worth their price is left alone, for 64 tokens, then 128, 256, ...; it
 is tried again only where what the draft model has to compute for that is little against the tokens that came
-meanwhile. If most sequences turn out like that, new ones begin that way.
+meanwhile. A try begins with one guess a step, then two, and so on, as they turn out right. If most sequences turn out like that, new ones begin that way.
 """
 
 from libc.math cimport INFINITY
@@ -154,7 +154,7 @@ cdef class ModelDrafter(Drafter):
                 continue
             sequence.draft_room = min(
                 self.max_tokens, sequence.length_limit - 1 - <Py_ssize_t> sequence.tokens.size(),
-                self.max_model_len + 1 - <Py_ssize_t> sequence.tokens.size(),
+                self.max_model_len + 1 - <Py_ssize_t> sequence.tokens.size(), sequence.draft_hits + 1,
             )
             if sequence.draft_room > 0 and self._is_likely(sequence, lone):
                 sequence.draft_chance = 1.0
@@ -190,6 +190,7 @@ cdef class ModelDrafter(Drafter):
                 sequence.draft_pause *= 2
             sequence.draft_since = size
             sequence.draft_tried = False
+            sequence.draft_hits = 0
         sequence.hit_rate = hopeful
         return False
 
@@ -198,14 +199,16 @@ cdef class ModelDrafter(Drafter):
         or, where guesses were not worth it before, against what has come since."""
         cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
         cdef Py_ssize_t missing = size - self._skip_filled(sequence)
-        cdef double most
+        cdef double most, needed
         if missing <= 2 * self.max_tokens or self.unit <= 0.0 or self.cost.num_steps == 0:
             return True
         if sequence.draft_pause and not sequence.draft_tried:
             most = RETRY_SHARE * (size - sequence.draft_since)
         else:
             most = CATCH_UP_SHARE * (sequence.length_limit - size)
-        return missing * self.cost.per_token(size - 0.5 * missing) <= most * self.unit
+        needed = missing * self.cost.per_token(size - 0.5 * missing)
+        needed += missing // self.max_num_batched_tokens * self.cost.predict(0.0, 0.0, 0.0)
+        return needed <= most * self.unit
 
     cdef int _give_room(self, Sequence sequence, Py_ssize_t most, Py_ssize_t reserve) except -1:
         """Blocks for a draft of at most so many tokens, or as many as fit into those it has."""
@@ -415,6 +418,7 @@ cdef class ModelDrafter(Drafter):
         sequence.acceptance[kind] += LEARNING_RATE * (right - sequence.acceptance[kind])
         sequence.hit_rate += LEARNING_RATE * (right - sequence.hit_rate)
         sequence.draft_tried = True
+        sequence.draft_hits += right
         self.hit_rate += SLOW_RATE * (right - self.hit_rate)
         self.num_judged += 1
         return 0

@@ -102,6 +102,7 @@ cdef class Sequence:
     cdef Py_ssize_t draft_since  # tokens that it had when it was last left alone
     cdef Py_ssize_t draft_pause  # for so many; 0 = it never was
     cdef bint draft_tried  # since that was over
+    cdef Py_ssize_t draft_hits  # guesses that were right since then
     cdef Py_ssize_t draft_room  # most tokens of the draft that is being made
     cdef double draft_chance  # that all of it is right
 
