@@ -8,7 +8,7 @@ from fastllm.engine.step_cost cimport StepCost
 
 cdef class Drafter:
     cdef readonly Py_ssize_t max_tokens
-    cdef readonly double seconds  # that the last propose spent on a model of its own
+    cdef readonly double seconds  # that the last schedule spent on a model of its own
     cdef BlockPool pool
     cdef StepCost verification  # of the steps in which drafts are computed
 

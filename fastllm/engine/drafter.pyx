@@ -38,7 +38,7 @@ cdef class Drafter:
         max_tokens: most tokens of a draft, 1..64.
 
     Attributes:
-        seconds: what the last proposals took on a model of their own; 0 without one.
+        seconds: what a model of its own took in the last schedule; 0 without one.
 
     Raises:
         RequestError: it is out of range.

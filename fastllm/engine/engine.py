@@ -80,8 +80,8 @@ class EngineConfig:
         target_itl_ms: milliseconds between two tokens of a sequence that steps are cut to; None: no such
             target. It decides how much of prompts goes into a step beside running decodes, and how many
             sequences run.
-        num_speculative_tokens: most tokens of a sequence that a step guesses: those of a draft model where the
-            engine has one (`ModelDrafter`), else what stood there before (`NgramDrafter`); 0: none.
+        num_speculative_tokens: most tokens of a sequence that a step guesses: a draft model does where there
+            is one (`ModelDrafter`), else they are what stood there before (`NgramDrafter`); 0: none.
         prompt_lookup_min: tokens that must have stood somewhere before for a guess at what follows.
         draft_model_len: positions that the draft model has; None: as many as a sequence may have.
         max_loras: most LoRA adapters loaded at once.
@@ -687,7 +687,9 @@ class Engine:
         """
         if self._profile is not None:
             raise RequestError("profile", "a second one", "one at a time")
-        self._profile = profile = Profile(self._executor, self._clock, len(self._requests))
+        self._profile = profile = Profile(
+            self._executor, self._clock, len(self._requests), self.scheduler.drafter
+        )
         self._executor = profile.executor
         self._hooks = HookTable((profile, *self._listeners))
         return profile

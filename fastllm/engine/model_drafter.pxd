@@ -24,6 +24,8 @@ cdef class ModelDrafter(Drafter):
     cdef vector[int64_t] filled  # (num_blocks,) the use (`BlockPool.uses`) for which all of a block is computed
     cdef vector[int64_t] written  # (num_blocks,) the batch that last wrote to a block
     cdef int64_t num_batches
+    cdef Py_ssize_t num_short  # batches that were hardly more than guesses
+    cdef Py_ssize_t num_verified  # steps with drafts
     cdef double verify  # price of a token more to verify, in the steps at hand
     cdef double unit  # seconds that they take for a token without drafts; 0 = not known
 
@@ -32,6 +34,7 @@ cdef class ModelDrafter(Drafter):
     cdef bint _is_cheap_to_reach(self, Sequence sequence) noexcept
     cdef int _give_room(self, Sequence sequence, Py_ssize_t most, Py_ssize_t reserve) except -1
     cdef list _worth(self, list sequences)
+    cdef double _verifying(self, Py_ssize_t count, double context) noexcept
     cdef double _share(self, Py_ssize_t count, double context, double unit) noexcept
     cdef int _catch_up(self, list chosen, double seconds) except -1
     cdef Py_ssize_t _skip_filled(self, Sequence sequence) noexcept

@@ -51,7 +51,9 @@ cdef double SLOW_RATE = 0.05  # of what is learnt over all sequences
 cdef Py_ssize_t ENOUGH_JUDGED = 16  # guesses, to believe that
 cdef float FIRST_RATE = 0.6  # how often guesses are right, before anything is known of it
 cdef double MARGIN = 1.2  # guesses are worth it only if they pay more than that
-cdef double FIRST_SHARE = 0.1  # price of a guess's making, before anything is known of what it takes
+cdef Py_ssize_t ENOUGH_STEPS = 8  # to know what making guesses takes, and what verifying them does
+cdef double FIRST_SHARE = 0.1  # price of a guess's making before that
+cdef double FIRST_PRICE = 0.2  # of its verifying, at most
 cdef Py_ssize_t FIRST_PAUSE = 64  # tokens
 cdef double RETRY_SHARE = 0.02  # of the time since the pause began: what another try may spend on catching up
 cdef double CATCH_UP_SHARE = 0.25  # the same for the first try, of the time that the longest answer would take
@@ -109,7 +111,9 @@ cdef class ModelDrafter(Drafter):
 
     cdef int propose(self, list decodes, Py_ssize_t spare, Py_ssize_t reserve, double seconds) except -1:
         cdef list chosen
-        self.seconds = 0.0
+        cdef bint drafted
+        if spare <= 0:
+            return 0
         chosen = self._choose(decodes, spare, reserve)
         if not chosen:
             return 0
@@ -125,8 +129,11 @@ cdef class ModelDrafter(Drafter):
         finally:
             self.batch.sequences.clear()
             self.members = []
+        drafted = False
         for item in chosen:
             self._cut(<Sequence> item)
+            drafted |= not (<Sequence> item).draft.empty()
+        self.num_verified += drafted
         return 0
 
     # ---- whom to draft -----------------------------------------------------------------------------------
@@ -143,10 +150,10 @@ cdef class ModelDrafter(Drafter):
             sequence = <Sequence> item
             sequence.guess = -1
             context += <double> sequence.tokens.size()
-        self.verify = self.price(count, context)
+        self.verify = self._verifying(count, context)
         self.unit = self.verification.predict(count, count, context) / count
         context /= count
-        lone = self.price(1, context)
+        lone = self._verifying(1, context)
         lone += self._share(1, context, self.verification.predict(1.0, 1.0, context))
         for item in decodes:
             sequence = <Sequence> item
@@ -162,6 +169,8 @@ cdef class ModelDrafter(Drafter):
         chosen = self._worth(chosen)
         if not chosen:
             return chosen
+        if self.num_verified < ENOUGH_STEPS:  # what guesses cost is found out on one sequence
+            chosen = chosen[:1]
         each = max(spare // <Py_ssize_t> len(chosen), 1)
         for item in chosen:
             sequence = <Sequence> item
@@ -244,9 +253,16 @@ cdef class ModelDrafter(Drafter):
                 ]
         return kept
 
+    cdef double _verifying(self, Py_ssize_t count, double context) noexcept:
+        """`price`, but no more than a first guess until some drafts were verified: steps without any say little
+        of what these add to them."""
+        cdef double price = self.price(count, context)
+        return price if self.num_verified >= ENOUGH_STEPS else min(price, FIRST_PRICE)
+
     cdef double _share(self, Py_ssize_t count, double context, double unit) noexcept:
-        """What a guess costs that so many sequences get in one batch, with so much context each, in units."""
-        if unit <= 0.0 or self.cost.num_steps == 0:
+        """What a guess costs that so many sequences get in one batch, with so much context each, in units.
+        Chunks of prompts say little of it."""
+        if unit <= 0.0 or self.num_short < ENOUGH_STEPS:
             return FIRST_SHARE
         return MARGIN * self.cost.predict(count, count, count * context) / (count * unit)
 
@@ -321,6 +337,7 @@ cdef class ModelDrafter(Drafter):
         took = self.clock() - begun
         self.seconds += took
         self.cost.observe(batch.num_tokens, batch.num_rows, batch.context, took)
+        self.num_short += batch.num_tokens <= 2 * batch.num_rows
         for s in range(batch.num_seqs):
             self._note_filled(<Sequence> batch.sequences[s], (<int32_t*> batch._seq_lens.data)[s])
         return self._take(result)

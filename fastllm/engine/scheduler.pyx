@@ -449,10 +449,13 @@ cdef class Scheduler:
                     break
             if sequence.state_code == SEQUENCE_RUNNING:
                 decodes.append(sequence)
-        if self.drafter is not None and decodes:
-            self.drafter.propose(
-                decodes, budget - len(self._running), len(self._running), self._seconds_to_catch_up(decodes)
-            )
+        if self.drafter is not None:
+            self.drafter.seconds = 0.0
+            if decodes:
+                self.drafter.propose(
+                    decodes, budget - len(self._running), len(self._running),
+                    self._seconds_to_catch_up(decodes),
+                )
         for item in decodes:
             sequence = <Sequence> item
             if not sequence.draft.empty():
@@ -487,7 +490,7 @@ cdef class Scheduler:
             before = sequence.blocks[first]
             sequence.blocks[first] = self.pool.take_private(before)
             batch.append_copy(sequence, first, before)
-            # The draft model has computed nothing of it yet, or does so again: the copy is the executor's.
+            # Only the executor copies: of such a block, the end of a prompt, a draft model has nothing yet.
             sequence.num_drafted = min(sequence.num_drafted, first * self.pool.block_size)
         self.pool.allocate_into(sequence.blocks, missing)
         return True
