@@ -469,14 +469,14 @@ def test_nothing_is_drafted_where_the_batch_makes_it_dear() -> None:
 def test_sequences_of_one_prompt_share_what_is_computed_of_it() -> None:
     draft = SureExecutor(256, 4)
     scheduler = make(draft, max_num_batched_tokens=64)
-    params = SamplingParams(temperature=1, max_tokens=12, ignore_eos=True, n=4)
+    params = SamplingParams(temperature=1, max_tokens=60, ignore_eos=True, n=4)
     items = [sequence([2, 3, 4, 5, 6] * 10, params, index=i, seed=1) for i in range(4)]
     scheduler.add(items[0], 0.0, items[1:])
     run(scheduler)
-    assert scheduler.num_accepted_tokens > 20
-    assert draft.num_tokens < 50 + 4 * (12 + 4)
+    assert scheduler.num_accepted_tokens > 100
+    assert draft.num_tokens < 50 + 4 * (60 + 4)
     assert {tuple(item.output_token_ids) for item in items} == {
-        tuple(expected_tokens([2, 3, 4, 5, 6] * 10, params, 62, index=i, seed=1)[0]) for i in range(4)
+        tuple(expected_tokens([2, 3, 4, 5, 6] * 10, params, 110, index=i, seed=1)[0]) for i in range(4)
     }
 
 

@@ -74,8 +74,8 @@ cdef class Drafter:
         return 0
 
     cdef double price(self, Py_ssize_t decodes, double context) noexcept:
-        """What verifying one token more adds to a step of so many decodes with so much context in all, in time
-        that a step takes for one token without drafts; 0 or more."""
+        """What verifying one token more adds to a step of so many decodes with so much context in all, in
+        time that a step takes for one token without drafts; 0 or more."""
         cdef double seconds = self.verification.predict(decodes, decodes, context)
         if decodes == 0 or seconds <= 0.0:
             return FIRST_PRICE

@@ -17,7 +17,7 @@ When drafts are made, the draft model first computes what it has missed, the pro
 chunks a step; the sequences of which it knows every token then get a guess each, in that same batch, and go
 on guessing in batches of one token each:
 
-    chosen ── catch up ──► a first guess ── one more batch ──► a second ── ... ──► cut to what is worth verifying
+    chosen ── catch up ──► a first guess ── one more batch ──► a second ── ... ──► cut to what is worth it
                  │                                │
                  └─ to be continued next step     └─ too unlikely by now, or long enough
 
@@ -26,15 +26,15 @@ models think alike they draw alike, at any temperature.
 
 What a guess costs is the time that one more token adds to the step that verifies it, and its share of the
 batch that makes it, in steps that yield one token each; what it is worth is the chance that it is right. Both
-are learnt: times by a `StepCost` each; chances for every sequence, by how sure the draft model was of its
-token. A sequence whose guesses are not worth their price is left alone, for 64 tokens, then 128, 256, ...; it
-is tried again only where what the draft model has to compute for that is little against the tokens that came
-meanwhile. A try begins with one guess a step, then two, and so on, as they turn out right. If most sequences turn out like that, new ones begin that way.
+are learnt: times by a `StepCost` each, on a few guesses of one sequence at first; chances for every sequence,
+by how sure the draft model was of its token. A sequence whose guesses are not worth their price is left
+alone, for 64 tokens, then 128, 256, ...; it is tried again only where what the draft model has to compute for
+that is little against the tokens that came meanwhile. A try begins with one guess a step, then two, and so
+on, as they turn out right. If most sequences are left alone, new ones begin that way.
 """
 
 from libc.math cimport INFINITY
-from libc.stdint cimport int32_t, int64_t
-from libcpp.vector cimport vector
+from libc.stdint cimport int32_t
 
 import time
 
@@ -51,12 +51,13 @@ cdef double SLOW_RATE = 0.05  # of what is learnt over all sequences
 cdef Py_ssize_t ENOUGH_JUDGED = 16  # guesses, to believe that
 cdef float FIRST_RATE = 0.6  # how often guesses are right, before anything is known of it
 cdef double MARGIN = 1.2  # guesses are worth it only if they pay more than that
-cdef Py_ssize_t ENOUGH_STEPS = 8  # to know what making guesses takes, and what verifying them does
+cdef Py_ssize_t ENOUGH_MADE = 3  # batches of guesses, to know what they take
 cdef double FIRST_SHARE = 0.1  # price of a guess's making before that
-cdef double FIRST_PRICE = 0.2  # of its verifying, at most
+cdef Py_ssize_t ENOUGH_VERIFIED = 8  # drafts, to know what they add to a step
+cdef double FIRST_PRICE = 0.2  # of verifying a guess before that, at most
 cdef Py_ssize_t FIRST_PAUSE = 64  # tokens
 cdef double RETRY_SHARE = 0.02  # of the time since the pause began: what another try may spend on catching up
-cdef double CATCH_UP_SHARE = 0.25  # the same for the first try, of the time that the longest answer would take
+cdef double CATCH_UP_SHARE = 0.25  # the same for the first try, of the time that all that may come takes
 cdef Py_ssize_t LEAST_CHUNK = 16  # tokens to catch up with, whatever the target
 cdef float SURE = -0.35  # logprob of a token that the draft model is sure of: 70 %
 cdef float DOUBTFUL = -1.2  # below: 30 %
@@ -169,7 +170,7 @@ cdef class ModelDrafter(Drafter):
         chosen = self._worth(chosen)
         if not chosen:
             return chosen
-        if self.num_verified < ENOUGH_STEPS:  # what guesses cost is found out on one sequence
+        if self.num_verified < ENOUGH_VERIFIED:  # what guesses cost is found out on one sequence
             chosen = chosen[:1]
         each = max(spare // <Py_ssize_t> len(chosen), 1)
         for item in chosen:
@@ -179,8 +180,8 @@ cdef class ModelDrafter(Drafter):
         return [item for item in chosen if (<Sequence> item).draft_room > 0]
 
     cdef bint _is_likely(self, Sequence sequence, double lone) noexcept:
-        """Whether a sequence is to be drafted if the batch lets it; `lone` is the price of a guess for one that
-        decodes alone. Where even that is too much, it pauses."""
+        """Whether a sequence is to be drafted if the batch lets it; `lone` is the price of a guess for one
+        that decodes alone. Where even that is too much, it pauses."""
         cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
         cdef Py_ssize_t resumes = sequence.draft_since + sequence.draft_pause
         # As good as it takes to be tried: one more disappointment ends it if guesses are dear, a few if not.
@@ -236,7 +237,6 @@ cdef class ModelDrafter(Drafter):
     cdef list _worth(self, list sequences):
         """Those for which one more guess is worth its price. The fewer they are, the more each of them pays
         for a batch of the draft model."""
-        cdef Sequence sequence
         cdef list kept = sequences
         cdef Py_ssize_t count = -1
         cdef double context, price
@@ -254,15 +254,15 @@ cdef class ModelDrafter(Drafter):
         return kept
 
     cdef double _verifying(self, Py_ssize_t count, double context) noexcept:
-        """`price`, but no more than a first guess until some drafts were verified: steps without any say little
-        of what these add to them."""
+        """`price`, but no more than a first guess until some drafts were verified: steps without any say
+        little of what these add to them."""
         cdef double price = self.price(count, context)
-        return price if self.num_verified >= ENOUGH_STEPS else min(price, FIRST_PRICE)
+        return price if self.num_verified >= ENOUGH_VERIFIED else min(price, FIRST_PRICE)
 
     cdef double _share(self, Py_ssize_t count, double context, double unit) noexcept:
         """What a guess costs that so many sequences get in one batch, with so much context each, in units.
         Chunks of prompts say little of it."""
-        if unit <= 0.0 or self.num_short < ENOUGH_STEPS:
+        if unit <= 0.0 or self.num_short < ENOUGH_MADE:
             return FIRST_SHARE
         return MARGIN * self.cost.predict(count, count, count * context) / (count * unit)
 
@@ -446,7 +446,7 @@ cdef class ModelDrafter(Drafter):
         cdef int32_t block
         for sequence in sequences:
             if sequence.num_drafted > <Py_ssize_t> sequence.blocks.size() * self.pool.block_size:
-                raise AssertionError(f"S13: {sequence!r} has too few blocks for {sequence.num_drafted} tokens")
+                raise AssertionError(f"S13: {sequence!r} has {sequence.num_drafted} drafted without blocks")
             for i in range(max(sequence.num_drafted - self.max_tokens, 0) // self.pool.block_size):
                 block = sequence.blocks[i]
                 if self.filled[block] != self.pool.uses[block]:

@@ -168,9 +168,9 @@ cdef class StepBatch:
     cdef int append_guess(
         self, Sequence sequence, Py_ssize_t start, Py_ssize_t count, BlockPool pool
     ) except -1:
-        """Add `count` positions of a sequence and its draft from `start` on, for a model that goes on with the
-        draft; with the last of them comes a row for the next token and its logprob. What the sequence knows of
-        its own rows stays as it is.
+        """Add `count` positions of a sequence and its draft from `start` on, for a model that goes on with
+        the draft; with the last of them comes a row for the next token and its logprob. What the sequence
+        knows of its own rows stays as it is.
 
         The row samples as the one does that verifies the token: with the same parameters and the same key.
         """
@@ -185,7 +185,7 @@ cdef class StepBatch:
     cdef int _append_tokens(
         self, Sequence sequence, Py_ssize_t start, Py_ssize_t count, BlockPool pool, int32_t adapter
     ) except -1:
-        """The tokens of the next sequence: positions start .. start + count of what it knows and its draft."""
+        """The next sequence's tokens: positions start .. start + count of what it knows and its draft."""
         cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
         cdef Py_ssize_t known = max(min(count, size - start), 0)
         cdef Py_ssize_t first = self.num_tokens
