@@ -21,7 +21,7 @@ cdef class ModelDrafter(Drafter):
     cdef StepBatch batch
     cdef list members  # (R,) whose the rows of the batch are
     cdef Py_ssize_t max_num_batched_tokens, vocab_size
-    cdef vector[int64_t] filled  # (num_blocks,) the use (`BlockPool.uses`) for which a block is computed whole
+    cdef vector[int64_t] filled  # (num_blocks,) the use (`BlockPool.uses`) for which it is computed whole
     cdef vector[int64_t] written  # (num_blocks,) the batch that last wrote to a block
     cdef int64_t num_batches
     cdef Py_ssize_t num_short  # batches that were hardly more than guesses
