@@ -466,6 +466,17 @@ def test_nothing_is_drafted_where_the_batch_makes_it_dear() -> None:
     assert scheduler.num_draft_tokens <= 8 * 4  # what it takes to find out
 
 
+def test_what_guesses_cost_is_found_out_again() -> None:
+    """Tokens cost what they yield at first; later a step takes the same time whatever is in it."""
+    scheduler = make(known=False, num_blocks=600)
+    for seconds in (lambda tokens: 1e-3 * tokens, lambda tokens: 1e-3):
+        scheduler.add(sequence([2, 3], SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True)))
+        run(scheduler, seconds)
+        if seconds(2) > 1e-3:
+            assert scheduler.num_accepted_tokens < 100
+    assert scheduler.num_accepted_tokens > 300
+
+
 def test_sequences_of_one_prompt_share_what_is_computed_of_it() -> None:
     draft = SureExecutor(256, 4)
     scheduler = make(draft, max_num_batched_tokens=64)

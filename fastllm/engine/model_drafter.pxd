@@ -26,6 +26,7 @@ cdef class ModelDrafter(Drafter):
     cdef int64_t num_batches
     cdef Py_ssize_t num_short  # batches that were hardly more than guesses
     cdef Py_ssize_t num_verified  # steps with drafts
+    cdef Py_ssize_t num_idle  # steps since the last of them
     cdef double verify  # price of a token more to verify, in the steps at hand
     cdef double unit  # seconds that they take for a token without drafts; 0 = not known
 

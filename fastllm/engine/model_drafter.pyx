@@ -55,6 +55,7 @@ cdef Py_ssize_t ENOUGH_MADE = 3  # batches of guesses, to know what they take
 cdef double FIRST_SHARE = 0.1  # price of a guess's making before that
 cdef Py_ssize_t ENOUGH_VERIFIED = 8  # drafts, to know what they add to a step
 cdef double FIRST_PRICE = 0.2  # of verifying a guess before that, at most
+cdef Py_ssize_t MOST_IDLE = 1000  # steps without a draft, until what guesses cost is found out again
 cdef Py_ssize_t FIRST_PAUSE = 64  # tokens
 cdef double RETRY_SHARE = 0.02  # of the time since the pause began: what another try may spend on catching up
 cdef double CATCH_UP_SHARE = 0.25  # the same for the first try, of the time that all that may come takes
@@ -115,6 +116,9 @@ cdef class ModelDrafter(Drafter):
         cdef bint drafted
         if spare <= 0:
             return 0
+        self.num_idle += 1
+        if self.num_idle > MOST_IDLE:  # steps without guesses do not tell that the machine is another one by now
+            self.num_idle = self.num_short = self.num_verified = 0
         chosen = self._choose(decodes, spare, reserve)
         if not chosen:
             return 0
@@ -135,6 +139,8 @@ cdef class ModelDrafter(Drafter):
             self._cut(<Sequence> item)
             drafted |= not (<Sequence> item).draft.empty()
         self.num_verified += drafted
+        if drafted:
+            self.num_idle = 0
         return 0
 
     # ---- whom to draft -----------------------------------------------------------------------------------
