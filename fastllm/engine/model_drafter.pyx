@@ -117,7 +117,7 @@ cdef class ModelDrafter(Drafter):
         if spare <= 0:
             return 0
         self.num_idle += 1
-        if self.num_idle > MOST_IDLE:  # steps without guesses do not tell that the machine is another one by now
+        if self.num_idle > MOST_IDLE:  # steps without guesses do not tell whether their price has changed
             self.num_idle = self.num_short = self.num_verified = 0
         chosen = self._choose(decodes, spare, reserve)
         if not chosen:
