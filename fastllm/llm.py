@@ -76,7 +76,12 @@ class LLM:
             them along with the newest one and keeps those that are sampled anyway: no answer depends on it,
             but edits, summaries and code come up to several times as fast. Where guesses do not pay, as in
             large batches, none are made. Also "num_speculative_tokens" (most in a step, 10) and
-            "prompt_lookup_min" (tokens that must have stood there before, 2). None: off.
+            "prompt_lookup_min" (tokens that must have stood there before, 2).
+            {"method": "draft_model", "model": reference} guesses with a second, smaller model of exactly the
+            same vocabulary instead, at any temperature; it needs blocks of its own, as many as the KV cache
+            has, which count in that one's size. Where it is mostly wrong it is asked ever more rarely. Also
+            "num_speculative_tokens" (4), "quantization", "kv_cache_dtype" and "max_model_len" (at most its
+            context length, longer sequences are not guessed at), each of the draft model. None: off.
         target_itl_ms: milliseconds that there should be at most between two tokens of a running request:
             prompts are computed in chunks that leave steps so short, and requests wait where decoding alone
             would take three quarters of it. None: steps are as large as max_num_batched_tokens allows.
@@ -95,7 +100,8 @@ class LLM:
         progress: say on stderr what is being fetched.
 
     Raises:
-        RequestError: an argument is out of its range, or there is no such model.
+        RequestError: an argument is out of its range, there is no such model, or a draft model has another
+            vocabulary.
         ModelSourceError: the model could not be fetched.
         ModelFileError, UnsupportedModelError: the model is damaged, or of a kind that fastllm does not run.
         CapacityError: the memory does not suffice; with the arithmetic.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastllm.draft_model import DraftModel, load_draft_model
 from fastllm.engine.offload import check_options
 from fastllm.errors import CapacityError, ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.source import DEFAULT_MODEL, resolve
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 KV_CACHE_DTYPES = {"auto": "int16"} | {name: name for name in ("int16", "int8", "fp16", "bf16", "fp32")}
 QUANTIZATIONS = ("int4", "int8")
 BLOCK_SIZES = (16, 32, 64)
+_GUESSES = {"ngram": 10, "draft_model": 4}  # method of speculation: its num_speculative_tokens
 _INT32_MAX = 2**31 - 1
 _FINGERPRINT_BYTES = 64  # of a tensor
 
@@ -119,7 +121,8 @@ class LoadedModel:
         engine: owns the executor, and with it the memory.
         path: where the model lies on this machine.
         max_model_len: most tokens of one sequence, prompt included.
-        weight_bytes, kv_cache_bytes: memory of the packed weights and of the KV cache.
+        weight_bytes, kv_cache_bytes: memory of the packed weights and of the KV cache, those of a draft model
+            included.
         threads: threads that compute.
     """
 
@@ -152,14 +155,20 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
             )
         tokenizer = _tokenizer(options, checkpoint)
         known = fingerprint(checkpoint, spec)
-        executor = _executor(options, checkpoint, spec, _reopening(path, known))
-        identity = f"{known} {options.quantization} {options.kv_cache_dtype}"
-    try:
-        max_model_len = _max_model_len(options, spec, executor)
-        engine = _engine(options, spec, executor, tokenizer, max_model_len, identity, hooks)
-    except BaseException:
-        executor.close()
-        raise
+        draft = _draft_model(options, spec, tokenizer)
+        executors = [] if draft is None else [draft.executor]
+        try:
+            executor = _executor(options, checkpoint, spec, _reopening(path, known), draft)
+            executors.append(executor)
+            if draft is not None:
+                draft.executor.allocate_kv(executor.kv_capacity())
+            identity = f"{known} {options.quantization} {options.kv_cache_dtype}"
+            max_model_len = _max_model_len(options, spec, executor)
+            engine = _engine(options, spec, executor, tokenizer, max_model_len, identity, hooks, draft)
+        except BaseException:
+            for item in executors:
+                item.close()
+            raise
     capacity = executor.kv_capacity() * executor.block_size
     logger.info(
         "%s: at most %d tokens per sequence (context %d, KV cache %d tokens), %.1f sequences of full length",
@@ -175,8 +184,8 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
         spec,
         path,
         max_model_len,
-        executor.weight_bytes,
-        executor.kv_cache_bytes,
+        sum(item.weight_bytes for item in executors),
+        sum(item.kv_cache_bytes for item in executors),
         executor.threads,
     )
 
@@ -243,17 +252,19 @@ def _executor(
     checkpoint: Checkpoint,
     spec: DecoderSpec,
     reopen: Callable[[], AbstractContextManager[Checkpoint]],
+    draft: DraftModel | None,
 ) -> CpuExecutor:
     from fastllm import _core
     from fastllm.executor.cpu import CpuExecutor
 
     dtype = KV_CACHE_DTYPES[options.kv_cache_dtype]
     kv_cache_bytes = options.kv_cache_memory_bytes
+    beside = 0 if draft is None else draft.executor.kv_bytes_per_block
     if options.kv_cache_tokens is not None:
         blocks = -(-options.kv_cache_tokens // options.block_size)
         with contextlib.suppress(RequestError):  # a decoder that the core does not run: CpuExecutor says so
             sizes = _core.Decoder(spec.as_dict(), 1)  # without weights: it knows what a block takes
-            kv_cache_bytes = blocks * sizes.kv_bytes_per_block(options.block_size, dtype)
+            kv_cache_bytes = blocks * (sizes.kv_bytes_per_block(options.block_size, dtype) + beside)
             sizes.close()
     return CpuExecutor(
         checkpoint,
@@ -263,10 +274,27 @@ def _executor(
         block_size=options.block_size,
         kv_cache_bytes=kv_cache_bytes,
         kv_cache_share=options.kv_cache_memory_share,
+        kv_bytes_beside=beside,
         max_model_len=options.max_model_len or spec.context_length,
         max_num_seqs=options.max_num_seqs,
         threads=options.threads or 0,
         reopen=reopen,
+    )
+
+
+def _draft_model(options: ModelOptions, spec: DecoderSpec, tokenizer: Tokenizer) -> DraftModel | None:
+    config = options.speculative_config
+    if config is None or config["method"] != "draft_model":
+        return None
+    return load_draft_model(
+        config,
+        spec,
+        tokenizer,
+        kv_cache_dtypes=KV_CACHE_DTYPES,
+        block_size=options.block_size,
+        threads=options.threads or 0,
+        progress=options.progress,
+        reopening=lambda path, checkpoint, own: _reopening(path, fingerprint(checkpoint, own)),
     )
 
 
@@ -295,10 +323,12 @@ def _engine(
     max_model_len: int,
     identity: str,
     hooks: Sequence[EngineHook],
+    draft: DraftModel | None,
 ) -> Engine:
     from fastllm.engine.engine import Engine, EngineConfig
 
     speculation = options.speculative_config or {}
+    guesses = _GUESSES[speculation["method"]] if speculation else 0
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=options.max_num_seqs,
@@ -308,15 +338,17 @@ def _engine(
         seed=options.seed,
         enable_prefix_caching=options.enable_prefix_caching,
         target_itl_ms=options.target_itl_ms,
-        num_speculative_tokens=speculation.get("num_speculative_tokens", 10) if speculation else 0,
+        num_speculative_tokens=speculation.get("num_speculative_tokens", guesses),
         prompt_lookup_min=speculation.get("prompt_lookup_min", 2),
+        draft_model_len=None if draft is None else draft.max_model_len,
         cache_identity=identity,
         max_loras=options.max_loras,
         kv_offload_bytes=options.kv_offload_bytes,
         kv_offload_dir=options.kv_offload_dir,
         kv_offload_encrypted=options.kv_offload_encrypted,
     )
-    return Engine(executor, tokenizer, config, hooks)
+    draft_executor = None if draft is None else draft.executor
+    return Engine(executor, tokenizer, config, hooks, draft_executor=draft_executor)
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -331,16 +363,31 @@ def _check_speculation(config: object) -> None:
         return
     if not isinstance(config, Mapping):
         raise RequestError("speculative_config", config, 'a mapping such as {"method": "ngram"}')
-    ranges = {"num_speculative_tokens": 64, "prompt_lookup_min": 8}
-    for key, value in config.items():
-        if key == "method":
-            _choice("speculative_config: method", value, ("ngram",))
-        elif key in ranges:
-            _count(f"speculative_config: {key}", value, 1, ranges[key])
-        else:
-            raise RequestError("speculative_config", key, "method, " + ", ".join(ranges))
     if "method" not in config:
         raise RequestError("speculative_config", config, 'an entry "method"')
+    _choice("speculative_config: method", config["method"], tuple(_GUESSES))
+    entries = ["method", "num_speculative_tokens"]
+    if config["method"] == "ngram":
+        entries += ["prompt_lookup_min"]
+    else:
+        entries += ["model", "quantization", "kv_cache_dtype", "max_model_len"]
+        if not isinstance(config.get("model"), (str, os.PathLike)):
+            limit = "a path or a model reference"
+            raise RequestError("speculative_config: model", config.get("model"), limit)
+    for key, value in config.items():
+        name = f"speculative_config: {key}"
+        if key not in entries:
+            raise RequestError("speculative_config", key, ", ".join(entries))
+        if key == "num_speculative_tokens":
+            _count(name, value, 1, 64)
+        elif key == "prompt_lookup_min":
+            _count(name, value, 1, 8)
+        elif key == "quantization":
+            _choice(name, value, (None, *QUANTIZATIONS))
+        elif key == "kv_cache_dtype":
+            _choice(name, value, tuple(KV_CACHE_DTYPES))
+        elif key == "max_model_len":
+            _count(name, value, 2, _INT32_MAX)
 
 
 def _count(name: str, value: Any, least: int, most: int) -> None:

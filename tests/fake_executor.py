@@ -349,6 +349,17 @@ class MemoryFile:
         self.blocks.clear()
 
 
+class SureExecutor(FakeExecutor):
+    """A draft model that is always sure of its tokens."""
+
+    def run(self, batch: StepBatch) -> StepResult:
+        assert (batch.num_logprobs == 0).all()
+        assert len(batch.copy_blocks) == 0
+        result = super().run(batch)
+        result.logprob[:] = 0.0
+        return result
+
+
 def check_shapes(
     batch: StepBatch, block_size: int, num_blocks: int, vocab_size: int, adapters: Collection[int]
 ) -> None:
@@ -498,14 +509,18 @@ def expected_tokens(
             return tokens[len(prompt) :], "length", None
 
 
+def expected_values(tokens: Sequence[int]) -> list[int]:
+    """What the cache holds of tokens without an adapter."""
+    values: list[int] = []
+    for position, token in enumerate(tokens):
+        values.append(mix(fold(np.array(values, dtype=np.uint64)), token, position))
+    return values
+
+
 def expected_states(prompt: Sequence[int]) -> list[np.ndarray]:
     """The hidden state of every token of a prompt."""
-    values: list[int] = []
-    states = []
-    for position, token in enumerate(prompt):
-        values.append(mix(fold(np.array(values, dtype=np.uint64)), token, position))
-        states.append(hidden_state(fold(np.array(values, dtype=np.uint64))))
-    return states
+    values = np.array(expected_values(prompt), dtype=np.uint64)
+    return [hidden_state(fold(values[: count + 1])) for count in range(len(prompt))]
 
 
 def expected_embedding(prompt: Sequence[int], params: PoolingParams) -> np.ndarray:

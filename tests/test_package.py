@@ -32,6 +32,7 @@ COMPILED = (
     "engine/step_batch",
     "engine/step_cost",
     "engine/drafter",
+    "engine/model_drafter",
 )
 
 

@@ -8,12 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import EOS, PIECES, FakeExecutor, MemoryFile, expected_states, expected_tokens
+from fake_executor import (
+    EOS,
+    PIECES,
+    FakeExecutor,
+    MemoryFile,
+    SureExecutor,
+    expected_states,
+    expected_tokens,
+    expected_values,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastllm.engine.drafter import NgramDrafter
+from fastllm.engine.drafter import Drafter, NgramDrafter
+from fastllm.engine.model_drafter import ModelDrafter
 from fastllm.engine.offload import Offload
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
@@ -737,6 +747,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(8, 40),
         guesses=st.sampled_from([0, 1, 4]),
         file=st.sampled_from([None, (2, 0), (8, 3), (100, 0), (100, 5)]),
+        source=st.sampled_from(["the text", "the same model", "another model"]),
+        model_length=st.sampled_from([10, 40]),
     )
     def start(
         self,
@@ -747,8 +759,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         length: int,
         guesses: int,
         file: tuple[int, int] | None,
+        source: str,
+        model_length: int,
     ) -> None:
-        drafter = NgramDrafter(guesses, 1) if guesses else None
+        drafter: Drafter | None = None
+        self.draft_executor: FakeExecutor | None = None
+        if guesses and source == "the text":
+            drafter = NgramDrafter(guesses, 1)
+        elif guesses:
+            pick = None if source == "the same model" else lambda row: (row.context >> 5) % (VOCAB + 1) - 1
+            self.draft_executor = SureExecutor(blocks, size, pick=pick)
+            drafter = ModelDrafter(self.draft_executor, guesses, max_model_len=model_length)
         self.scheduler = make(
             num_blocks=blocks, block_size=size, seqs=seqs, budget=budget, length=length, drafter=drafter
         )
@@ -904,11 +925,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check()
+        if self.draft_executor is not None:
+            self._check_draft_cache(self.draft_executor)
         self._follow_events()
         alive = {one.item for one in self.live}
         assert alive == {*self.scheduler.running, *self.scheduler.waiting}
         if not alive and self.scheduler.in_flight is None:
             assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks
+
+    def _check_draft_cache(self, executor: FakeExecutor) -> None:
+        """What a sequence believes to be in the draft model's cache is there."""
+        for item in self.scheduler.running:
+            count = min(item.num_drafted, item.num_tokens)
+            positions = np.arange(count)
+            slots = np.array(item.block_ids, dtype=np.int64)[positions // executor.block_size]
+            slots = slots * executor.block_size + positions % executor.block_size
+            assert executor.tokens[slots].tolist() == item.token_ids[:count]
+            assert executor.values[slots].tolist() == expected_values(item.token_ids[:count])
 
     def _follow_events(self) -> None:
         """What a router outside would believe of the cache, from the events alone."""

@@ -1,7 +1,7 @@
 # distutils: language = c++
 """C-level interface of the block pool: what another Cython module may `cimport`."""
 
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, int64_t
 from libcpp.vector cimport vector
 
 
@@ -9,6 +9,7 @@ cdef class BlockPool:
     cdef readonly Py_ssize_t num_blocks
     cdef readonly Py_ssize_t block_size  # tokens per block
     cdef vector[int32_t] references  # (num_blocks,) holders of each block
+    cdef vector[int64_t] uses  # (num_blocks,) how often each was given out: the same number, the same content
     cdef vector[int32_t] free_stack  # ids of the free blocks; the next one to be given out is at the back
 
     # The prefix index.

@@ -85,6 +85,7 @@ cdef class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.references.assign(num_blocks, 0)
+        self.uses.assign(num_blocks, 0)
         self.free_stack.resize(num_blocks)
         cdef Py_ssize_t i
         for i in range(num_blocks):
@@ -136,6 +137,7 @@ cdef class BlockPool:
                 block = self.free_stack.back()
                 self.free_stack.pop_back()
             self.references[block] = 1
+            self.uses[block] += 1
             table.push_back(block)
         return 0
 

@@ -1,6 +1,6 @@
 # cython: auto_pickle=False, autotestdict=False, boundscheck=False, wraparound=False, cdivision=True
 # distutils: language = c++
-"""Drafts from the text itself: what followed the last time that the newest tokens stood there.
+"""Drafts, and those from the text itself: what followed the last time that the newest tokens stood there.
 
 A draft is a guess at the tokens that come next. They are computed together with the newest token, in one
 step, and each is kept exactly if it is the token that is sampled there anyway; so a draft changes what a step
@@ -11,6 +11,7 @@ right of late, by the length of the match that they came from, follows the chanc
 it are right; a guess is made while that chance is above its price, which is the time that one more token adds
 to the step, in steps that yield one token. Guesses are made in mind even where they are not worth computing,
 and held against the token that came: so a sequence that begins to repeat itself is noticed at no cost.
+`model_drafter.pyx` has another source of guesses, a second model.
 
 Prompt lookup: Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding.
 """
@@ -19,13 +20,79 @@ from libc.stdint cimport int32_t
 
 from fastllm.errors import RequestError
 
+from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.sequence cimport Sequence
+from fastllm.engine.step_cost cimport StepCost
 
 cdef Py_ssize_t LONGEST_MATCH = 8  # longer ones are not told apart
 cdef float LEARNING_RATE = 0.2
+cdef double FIRST_PRICE = 0.4  # of a guess, before anything is known of what steps take
+cdef double PRICE_MARGIN = 1.2  # guesses are worth it only if they pay more than that
+cdef double LOWEST_PRICE = 0.15  # a second token may cost nothing, the tenth does
 
 
-cdef class NgramDrafter:
+cdef class Drafter:
+    """Where guesses come from; this one has none.
+
+    Args:
+        max_tokens: most tokens of a draft, 1..64.
+
+    Attributes:
+        seconds: what a model of its own took in the last schedule; 0 without one.
+
+    Raises:
+        RequestError: it is out of range.
+    """
+
+    def __init__(self, Py_ssize_t max_tokens):
+        if not 1 <= max_tokens <= 64:
+            raise RequestError("num_speculative_tokens", max_tokens, "an integer in 1..64")
+        self.max_tokens = max_tokens
+
+    cdef int attach(
+        self, BlockPool pool, StepCost verification, Py_ssize_t max_num_seqs,
+        Py_ssize_t max_num_batched_tokens, Py_ssize_t vocab_size,
+    ) except -1:
+        """Learn what it works for: the blocks of a scheduler, what its steps take, and its limits."""
+        self.pool = pool
+        self.verification = verification
+        return 0
+
+    cdef int propose(self, list decodes, Py_ssize_t spare, Py_ssize_t reserve, double seconds) except -1:
+        """Set the drafts of sequences, none of which has one, and give them the blocks that these need.
+
+        Args:
+            decodes: sequences that compute their newest token in the next step.
+            spare: tokens that all drafts may have together; may be negative.
+            reserve: blocks that have to stay free.
+            seconds: that may be spent on what a model of its own has missed of the sequences.
+        """
+        return 0
+
+    cdef int learn(self, Sequence sequence, Py_ssize_t drafted, Py_ssize_t accepted) noexcept:
+        """Of `drafted` guesses, made in earnest or in mind, the first `accepted` were right."""
+        return 0
+
+    cdef double price(self, Py_ssize_t decodes, double context) noexcept:
+        """What verifying one token more adds to a step of so many decodes with so much context in all, in
+        time that a step takes for one token without drafts; 0 or more."""
+        cdef double seconds = self.verification.predict(decodes, decodes, context)
+        if decodes == 0 or seconds <= 0.0:
+            return FIRST_PRICE
+        return max(
+            PRICE_MARGIN * decodes * self.verification.per_sampled_token(context / decodes) / seconds,
+            LOWEST_PRICE,
+        )
+
+    def check(self, sequences):
+        """Recompute what it believes of running sequences from scratch.
+
+        Raises:
+            AssertionError: it is wrong.
+        """
+
+
+cdef class NgramDrafter(Drafter):
     """Proposes tokens that followed earlier.
 
     Args:
@@ -37,14 +104,38 @@ cdef class NgramDrafter:
     """
 
     def __init__(self, Py_ssize_t max_tokens=10, Py_ssize_t min_match=2):
-        if not 1 <= max_tokens <= 64:
-            raise RequestError("num_speculative_tokens", max_tokens, "an integer in 1..64")
+        super().__init__(max_tokens)
         if not 1 <= min_match <= LONGEST_MATCH:
             raise RequestError("prompt_lookup_min", min_match, f"an integer in 1..{LONGEST_MATCH}")
-        self.max_tokens = max_tokens
         self.min_match = min_match
 
-    cdef int propose(self, Sequence sequence, Py_ssize_t most, double price) except -1:
+    cdef int propose(self, list decodes, Py_ssize_t spare, Py_ssize_t reserve, double seconds) except -1:
+        cdef Sequence sequence
+        cdef double context = 0.0
+        cdef double price
+        cdef Py_ssize_t size, missing
+        for item in decodes:
+            context += <double> (<Sequence> item).tokens.size()
+        price = self.price(len(decodes), context)
+        for item in decodes:
+            if spare <= 0:
+                break
+            sequence = <Sequence> item
+            if sequence.followers or not sequence.may_be_drafted():
+                continue
+            size = <Py_ssize_t> sequence.tokens.size()
+            self._guess(sequence, min(spare, sequence.length_limit - 1 - size), price)
+            missing = self.pool.blocks_for(size + <Py_ssize_t> sequence.draft.size())
+            missing -= <Py_ssize_t> sequence.blocks.size()
+            if missing > 0:
+                if self.pool.can_allocate(missing + reserve):
+                    self.pool.allocate_into(sequence.blocks, missing)
+                else:  # nobody is to be preempted for a guess
+                    sequence.draft.clear()
+            spare -= <Py_ssize_t> sequence.draft.size()
+        return 0
+
+    cdef int _guess(self, Sequence sequence, Py_ssize_t most, double price) except -1:
         """Set the draft of a sequence: at most `most` tokens, none that is not worth `price`."""
         cdef Py_ssize_t length = 0
         cdef Py_ssize_t start, i
@@ -92,7 +183,6 @@ cdef class NgramDrafter:
         return found
 
     cdef int learn(self, Sequence sequence, Py_ssize_t drafted, Py_ssize_t accepted) noexcept:
-        """Of `drafted` guesses, made in earnest or in mind, the first `accepted` were right."""
         cdef float* chance = &sequence.acceptance[sequence.match_kind]
         cdef Py_ssize_t _i
         if sequence.guess < 0:

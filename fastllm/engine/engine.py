@@ -28,9 +28,10 @@ from fastllm.engine.completion import (
     row_logprobs,
 )
 from fastllm.engine.constraints import Constraint, Constraints
-from fastllm.engine.drafter import NgramDrafter
+from fastllm.engine.drafter import Drafter, NgramDrafter
 from fastllm.engine.hooks import EngineHook, HookTable, emit
 from fastllm.engine.interrupt import InterruptGuard
+from fastllm.engine.model_drafter import ModelDrafter
 from fastllm.engine.offload import Offload, open_offload
 from fastllm.engine.pooling import PooledPrompt, PoolingRequest
 from fastllm.engine.profile import Profile
@@ -81,8 +82,10 @@ class EngineConfig:
         target_itl_ms: milliseconds between two tokens of a sequence that steps are cut to; None: no such
             target. It decides how much of prompts goes into a step beside running decodes, and how many
             sequences run.
-        num_speculative_tokens: most tokens of a sequence that a step guesses (`NgramDrafter`); 0: none.
+        num_speculative_tokens: most tokens of a sequence that a step guesses: a draft model does where there
+            is one (`ModelDrafter`), else they are what stood there before (`NgramDrafter`); 0: none.
         prompt_lookup_min: tokens that must have stood somewhere before for a guess at what follows.
+        draft_model_len: positions that the draft model has; None: as many as a sequence may have.
         max_loras: most LoRA adapters loaded at once.
         kv_offload_bytes: size of a file that keeps what the prefix cache has to forget; None: nothing does.
         kv_offload_dir: where the file is made, without a name; None: the system's temporary directory.
@@ -101,6 +104,7 @@ class EngineConfig:
     target_itl_ms: float | None = None
     num_speculative_tokens: int = 0
     prompt_lookup_min: int = 2
+    draft_model_len: int | None = None
     max_loras: int = 8
     kv_offload_bytes: int | None = None
     kv_offload_dir: str | os.PathLike[str] | None = None
@@ -149,6 +153,8 @@ class Engine:
         tokenizer: gives vocab_size, eos_token_ids and the text of tokens.
         config: limits.
         hooks: who is told of events.
+        draft_executor: runs a smaller model of the same vocabulary, whose guesses are verified; with as many
+            blocks as `executor`, of the same size. The engine closes it, too.
         detokenizer_factory: makes a sequence's detokenizer from (tokenizer, prompt_token_ids,
             skip_special_tokens); None: `fastllm.formats.detokenizer.IncrementalDetokenizer`.
         clock: seconds, monotonic; the only clock in the engine.
@@ -166,6 +172,7 @@ class Engine:
         config: EngineConfig,
         hooks: SequenceOf[EngineHook] = (),
         *,
+        draft_executor: Executor | None = None,
         detokenizer_factory: DetokenizerFactory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -181,11 +188,7 @@ class Engine:
             vocab_size=tokenizer.vocab_size if config.vocab_size is None else config.vocab_size,
             priority_interval=config.priority_interval,
             target_itl=0.0 if config.target_itl_ms is None else config.target_itl_ms * 1e-3,
-            drafter=(
-                NgramDrafter(config.num_speculative_tokens, config.prompt_lookup_min)
-                if config.num_speculative_tokens
-                else None
-            ),
+            drafter=_drafter(config, draft_executor, clock),
         )
         self.constraints = Constraints(tokenizer, self.scheduler.vocab_size, tokenizer.eos_token_ids)
         self._guides = Guides()
@@ -194,8 +197,11 @@ class Engine:
         host = executor if isinstance(executor, AdapterHost) else None
         self.adapters = Adapters(host, config.max_loras, self._root)
         self._executor = executor
-        self._sleeper = executor if isinstance(executor, Sleeper) else None
+        self._draft_executor = draft_executor
+        self._sleep_together = [executor] if draft_executor is None else [executor, draft_executor]
+        self._undone = False  # the step was interrupted before it was scheduled: nothing was counted
         self._sleeping = 0  # the level, 0 while it is awake
+        self._asleep: list[Sleeper] = []  # those of the executors that have to be woken
         self._tokenizer = tokenizer
         self._eos_token_ids = sorted(tokenizer.eos_token_ids)
         self._texts = TokenTexts(tokenizer)
@@ -215,7 +221,6 @@ class Engine:
         self._obituary = ""
         self._lost: tuple[str, ...] = ()
         self._closed = False
-        self._scheduling = False  # within `Scheduler.schedule`, which reads a file
         self._offload: Offload | None = None
         if config.kv_offload_bytes is not None:
             self._offload = open_offload(
@@ -473,6 +478,7 @@ class Engine:
     def _step(self) -> None:
         started = self._clock()
         scheduler = self.scheduler
+        self._undone = False
         try:
             batch = self._schedule(started)
             if batch is None:
@@ -489,11 +495,7 @@ class Engine:
         except Exception as error:
             raise self._die(error) from error
         except BaseException as error:
-            if self._scheduling:  # a sequence was not admitted, nothing else has happened
-                self._scheduling = False
-                self._note_scheduled(started)
-                raise
-            if scheduler.in_flight is None:  # the step was counted, its tokens are lost
+            if scheduler.in_flight is None and not self._undone:  # it was counted, its tokens are lost
                 raise self._die(error) from error
             scheduler.rollback()  # the same step comes again
             self._sweep()
@@ -537,9 +539,12 @@ class Engine:
         while True:
             if self._guides.pending:
                 self._take_masks(patience)
-            self._scheduling = True
-            batch = scheduler.schedule()
-            self._scheduling = False
+            try:
+                batch = scheduler.schedule()
+            except BaseException:
+                self._undone = True
+                self._note_scheduled(started)  # that much has happened
+                raise
             if scheduler.preempted or scheduler.admitted:
                 self._note_scheduled(started)
             if batch is not None or not self._guides.pending:
@@ -716,7 +721,9 @@ class Engine:
         """
         if self._profile is not None:
             raise RequestError("profile", "a second one", "one at a time")
-        self._profile = profile = Profile(self._executor, self._clock, len(self._requests))
+        self._profile = profile = Profile(
+            self._executor, self._clock, len(self._requests), self.scheduler.drafter
+        )
         self._executor = profile.executor
         self._hooks = HookTable((profile, *self._listeners))
         return profile
@@ -747,12 +754,19 @@ class Engine:
         if self.has_unfinished():
             left = f"{len(self._requests)} unfinished requests, {len(self._ready)} outputs to be fetched"
             raise RequestError("sleep", left, "none")
-        if self._sleeper is None:
-            raise RequestError("sleep", type(self._executor).__name__, "an executor that can sleep")
+        sleepers = []
+        for executor in self._sleep_together:
+            if not isinstance(executor, Sleeper):
+                raise RequestError("sleep", type(executor).__name__, "an executor that can sleep")
+            sleepers.append(executor)
         with self._guard:
             self.reset_prefix_cache()
-            self._sleeper.sleep(max(self._sleeping, level))
-            self._sleeping = max(self._sleeping, level)
+            level = max(self._sleeping, level)
+            for sleeper in sleepers:
+                sleeper.sleep(level)
+                if sleeper not in self._asleep:
+                    self._asleep.append(sleeper)
+                self._sleeping = level
 
     def wake_up(self) -> None:
         """Take the memory again that `sleep` gave back; without it, do nothing.
@@ -764,10 +778,11 @@ class Engine:
             EngineDeadError: the engine is dead.
         """
         self.check_health()
-        if self._sleeping and self._sleeper is not None:
-            with self._guard:
-                self._sleeper.wake()
-                self._sleeping = 0
+        with self._guard:
+            while self._asleep:
+                self._asleep[-1].wake()
+                self._asleep.pop()
+            self._sleeping = 0
 
     @property
     def is_sleeping(self) -> bool:
@@ -860,7 +875,11 @@ class Engine:
         self._guides.close()
         if self._offload is not None:
             self._offload.close()
-        self._executor.close()
+        try:
+            self._executor.close()
+        finally:
+            if self._draft_executor is not None:
+                self._draft_executor.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -899,6 +918,19 @@ class Engine:
                     raise AssertionError(f"E3: {item.num_tokens} tokens delivered of {item.sequence!r}")
         if live:
             raise AssertionError(f"E4: sequences that belong to no request: {list(live)}")
+
+
+def _drafter(
+    config: EngineConfig, draft_executor: Executor | None, clock: Callable[[], float]
+) -> Drafter | None:
+    if not config.num_speculative_tokens:
+        if draft_executor is not None:
+            raise RequestError("num_speculative_tokens", 0, "1..64 where there is a draft model")
+        return None
+    if draft_executor is None:
+        return NgramDrafter(config.num_speculative_tokens, config.prompt_lookup_min)
+    length = config.max_model_len if config.draft_model_len is None else config.draft_model_len
+    return ModelDrafter(draft_executor, config.num_speculative_tokens, max_model_len=length, clock=clock)
 
 
 def check_sleep_level(level: object) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fastllm.engine.drafter import Drafter
 from fastllm.engine.hooks import Aborted, EngineHook, Finished, Queued, Step
 from fastllm.executor.base import Executor, PhaseTimer, StepBatch, StepResult
 
@@ -30,6 +31,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "sampling": ("sample",),
     "waiting for threads": ("wait",),
     "executor": ("executor",),
+    "drafting": ("drafting",),
     "scheduling": ("scheduling",),
     "Python": ("python",),
     "between steps": ("between",),
@@ -38,10 +40,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """What the table calls the parts, and which it takes together.
 
 waiting for threads: the first thread of the executor is done with its part of a large batch, another is not.
-executor: the whole call of an executor that has no phases. scheduling: choosing the tokens, building the
-batch and taking in its result. Python: texts and outputs. between steps: what hooks do at a step's end,
-handing outputs over and taking requests; where `Engine.step` is called directly, all that its caller does
-meanwhile. unaccounted: checking the batch's arrays, waking threads, waiting for the GIL.
+executor: the whole call of an executor that has no phases. drafting: the steps of a draft model. scheduling:
+choosing the tokens, building the batch and taking in its result. Python: texts and outputs. between steps:
+what hooks do at a step's end, handing outputs over and taking requests; where `Engine.step` is called
+directly, all that its caller does meanwhile. unaccounted: checking the batch's arrays, waking threads,
+waiting for the GIL.
 """
 
 OVERHEAD = ("scheduling", "python", "between", "unaccounted")
@@ -99,13 +102,20 @@ class Profile(EngineHook):
         decode: steps in which every sequence goes on from its newest token.
     """
 
-    def __init__(self, executor: Executor, clock: Callable[[], float], num_requests: int) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        clock: Callable[[], float],
+        num_requests: int,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.prefill = StepTimes()
         self.mixed = StepTimes()
         self.decode = StepTimes()
         self.executor = _TimedExecutor(executor, clock)
         self._clock = clock
         self._num_requests = num_requests
+        self._drafter = drafter
         self._end: float | None = None  # of the step before, if there was still work
 
     def kinds(self) -> dict[str, StepTimes]:
@@ -134,9 +144,11 @@ class Profile(EngineHook):
         begin, call = event.time - event.duration, self.executor
         seconds = call.returned - call.called
         phases = {"executor": seconds} if call.phases is None else call.phases
+        drafting = 0.0 if self._drafter is None else self._drafter.seconds
         parts = {
             **phases,
-            "scheduling": (call.entered - begin) + (event.time - call.left),
+            **({"drafting": drafting} if drafting else {}),
+            "scheduling": (call.entered - begin) + (event.time - call.left) - drafting,
             "python": event.delivery,
             "between": 0.0 if self._end is None else begin - self._end,
             "unaccounted": seconds - sum(phases.values()),

@@ -4,7 +4,7 @@
 from libc.stdint cimport int32_t
 
 from fastllm.engine.block_pool cimport BlockPool
-from fastllm.engine.drafter cimport NgramDrafter
+from fastllm.engine.drafter cimport Drafter
 from fastllm.engine.sequence cimport FinishReason, Sequence, SequenceState
 from fastllm.engine.step_batch cimport StepBatch
 from fastllm.engine.step_cost cimport StepCost
@@ -25,7 +25,7 @@ cdef class Scheduler:
     cdef readonly Py_ssize_t num_preemptions
     cdef public object offload  # where evicted blocks may be found again, an `Offload`; None: nowhere
     cdef readonly Py_ssize_t num_restored_tokens
-    cdef readonly NgramDrafter drafter
+    cdef readonly Drafter drafter
     cdef readonly double target_itl  # seconds; 0 = none
     cdef Py_ssize_t _steps_without_prompts
     cdef readonly StepCost cost
@@ -56,6 +56,7 @@ cdef class Scheduler:
     cdef Py_ssize_t _schedule_decodes(self, StepBatch batch, Py_ssize_t budget, bint* room) except -1
     cdef bint _grow(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1
     cdef Py_ssize_t _append(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1
+    cdef double _seconds_to_catch_up(self, list decodes)
     cdef double _seconds_for_prompts(self, StepBatch batch)
     cdef double _reach(self)
     cdef bint _keeps_target(self, Sequence newcomer)
@@ -70,8 +71,6 @@ cdef class Scheduler:
     cdef int _seat(self, Sequence follower) except -1
     cdef int _succeed(self, Sequence leader) except -1
     cdef int _end_step(self) except -1
-    cdef double _price_of_a_guess(self)
-    cdef Py_ssize_t _draft(self, Sequence sequence, Py_ssize_t most, double price) except -1
     cdef FinishReason _take_tokens(self, Sequence sequence, const int32_t[::1] tokens)
     cdef FinishReason _take_hidden(self, Sequence sequence, const int32_t[::1] tokens)
     cdef bint _settle(self, Sequence sequence, FinishReason reason, list moved) except -1

@@ -1,7 +1,7 @@
 from typing_extensions import disjoint_base
 
 from fastllm.engine.block_pool import BlockPool
-from fastllm.engine.drafter import NgramDrafter
+from fastllm.engine.drafter import Drafter
 from fastllm.engine.offload import Offload
 from fastllm.engine.sequence import Sequence
 from fastllm.engine.step_batch import StepBatch
@@ -32,7 +32,7 @@ class Scheduler:
     @property
     def num_preemptions(self) -> int: ...
     @property
-    def drafter(self) -> NgramDrafter | None: ...
+    def drafter(self) -> Drafter | None: ...
     @property
     def target_itl(self) -> float: ...
     @property
@@ -67,7 +67,7 @@ class Scheduler:
         max_model_len: int,
         vocab_size: int,
         priority_interval: float = 10.0,
-        drafter: NgramDrafter | None = None,
+        drafter: Drafter | None = None,
         target_itl: float = 0.0,
     ) -> None: ...
     def has_unfinished(self) -> bool: ...

@@ -120,6 +120,9 @@ Invariants (`check` recomputes every one of them)
         first num_remembered blocks, all computed, were told.
     S11 One that has followers has no output.
     S12 The newest token of a sequence that is held is not in the step in flight.
+    S13 Of a running sequence a draft model's cache holds no more than its tokens, the newest excepted, and
+        while a step is in flight its draft; of one that waits, nothing. What the drafter believes of the
+        blocks holds (`Drafter.check`).
 """
 
 from libc.math cimport INFINITY
@@ -129,7 +132,7 @@ from libcpp.algorithm cimport binary_search
 from fastllm.errors import CapacityError, RequestError
 
 from fastllm.engine.block_pool cimport BlockPool
-from fastllm.engine.drafter cimport NgramDrafter
+from fastllm.engine.drafter cimport Drafter
 from fastllm.engine.sequence cimport (
     FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, POOL_MEAN, POOL_NONE,
     SEQUENCE_ABORTED, SEQUENCE_FINISHED,
@@ -140,13 +143,10 @@ from fastllm.engine.step_batch cimport StepBatch
 from fastllm.engine.step_cost cimport StepCost
 
 
-cdef double FIRST_PRICE = 0.4  # of a guess, before anything is known of what steps take
-cdef double PRICE_MARGIN = 1.2  # guesses are worth it only if they pay more than that
 cdef double DEVIATIONS = 2.0  # of the predictions, that steps stay below the target by
 cdef double FOR_DECODES = 0.75  # of the target at most, if there are prompts to come
 cdef Py_ssize_t STEPS_WITHOUT_PROMPTS = 32
 cdef Py_ssize_t LEAST_PROMPT_TOKENS = 16
-cdef double LOWEST_PRICE = 0.15  # a second token may cost nothing, the tenth does
 
 
 cdef class Scheduler:
@@ -181,7 +181,7 @@ cdef class Scheduler:
     def __init__(
         self, *, Py_ssize_t num_blocks, Py_ssize_t block_size, Py_ssize_t max_num_seqs,
         Py_ssize_t max_num_batched_tokens, Py_ssize_t max_model_len, Py_ssize_t vocab_size,
-        double priority_interval=10.0, NgramDrafter drafter=None, double target_itl=0.0,
+        double priority_interval=10.0, Drafter drafter=None, double target_itl=0.0,
     ):
         for name, value, low in (
             ("max_num_seqs", max_num_seqs, 1), ("max_num_batched_tokens", max_num_batched_tokens, 1),
@@ -198,6 +198,8 @@ cdef class Scheduler:
         self.priority_interval = priority_interval
         self.drafter = drafter
         self.cost = StepCost()
+        if drafter is not None:
+            drafter.attach(self.pool, self.cost, max_num_seqs, max_num_batched_tokens, vocab_size)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -434,18 +436,15 @@ cdef class Scheduler:
         return most
 
     cdef Py_ssize_t _schedule_decodes(self, StepBatch batch, Py_ssize_t budget, bint* room) except -1:
-        """Schedule the running sequences that have one token to compute. Returns the budget that is left.
+        """Schedule the running sequences that have one token to compute: each gets what it needs for that,
+        then drafts are made for all of them together. Returns the budget that is left.
 
-        Only sequences behind the one at hand, or itself, are preempted: never one in the batch already.
+        Only sequences behind the one at hand, or itself, are preempted: never one that has what it needs.
         """
         cdef Sequence sequence, victim
+        cdef list decodes = []
         cdef Py_ssize_t i = 0
-        cdef Py_ssize_t spare = 0  # of the budget, for guesses
-        cdef double price = 0.0
-        if self.drafter is not None:
-            price = self._price_of_a_guess()
-            spare = budget - <Py_ssize_t> len(self._running)
-        while i < len(self._running) and budget > 0:
+        while i < len(self._running) and len(decodes) < budget:
             sequence = <Sequence> self._running[i]
             i += 1
             if sequence.due() != 1:
@@ -455,46 +454,32 @@ cdef class Scheduler:
                 victim = <Sequence> self._running.pop()
                 self._preempt(victim)
                 if victim is sequence:
-                    return budget
-            if spare > 0 and not sequence.followers and sequence.may_be_drafted():
-                spare -= self._draft(sequence, spare, price)
+                    break
+            if sequence.state_code == SEQUENCE_RUNNING:
+                decodes.append(sequence)
+        if self.drafter is not None:
+            self.drafter.seconds = 0.0
+            if decodes:
+                self.drafter.propose(
+                    decodes, budget - len(self._running), len(self._running),
+                    self._seconds_to_catch_up(decodes),
+                )
+        for item in decodes:
+            sequence = <Sequence> item
+            if not sequence.draft.empty():
+                self.num_drafts += 1
+                self.num_draft_tokens += <Py_ssize_t> sequence.draft.size()
             budget -= self._append(batch, sequence, 1 + <Py_ssize_t> sequence.draft.size())
         return budget
 
-    cdef double _price_of_a_guess(self):
-        """What a drafted token adds to the step, in time that a step takes for one token without drafts; 0
-        or more."""
+    cdef double _seconds_to_catch_up(self, list decodes):
+        """What the target leaves beside decodes to a drafter that has to compute a prompt, too."""
         cdef double context = 0.0
-        cdef Py_ssize_t decodes = 0
-        cdef double seconds
-        for item in self._running:
-            if (<Sequence> item).due() == 1:
-                decodes += 1
-                context += <double> (<Sequence> item).tokens.size()
-        seconds = self.cost.predict(decodes, decodes, context)
-        if decodes == 0 or seconds <= 0.0:
-            return FIRST_PRICE
-        return max(
-            PRICE_MARGIN * decodes * self.cost.per_sampled_token(context / decodes) / seconds, LOWEST_PRICE
-        )
-
-    cdef Py_ssize_t _draft(self, Sequence sequence, Py_ssize_t most, double price) except -1:
-        """Let the drafter guess at most `most` tokens, for which free blocks suffice. Returns how many."""
-        cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
-        cdef Py_ssize_t missing
-        most = min(most, sequence.length_limit - 1 - size)
-        self.drafter.propose(sequence, most, price)
-        missing = self.pool.blocks_for(size + <Py_ssize_t> sequence.draft.size())
-        missing -= <Py_ssize_t> sequence.blocks.size()
-        if missing > 0:
-            if self.pool.can_allocate(missing + <Py_ssize_t> len(self._running)):
-                self.pool.allocate_into(sequence.blocks, missing)
-            else:  # nobody is to be preempted for a guess
-                sequence.draft.clear()
-        if not sequence.draft.empty():
-            self.num_drafts += 1
-            self.num_draft_tokens += <Py_ssize_t> sequence.draft.size()
-        return <Py_ssize_t> sequence.draft.size()
+        if self.target_itl == 0.0:
+            return INFINITY
+        for item in decodes:
+            context += <double> (<Sequence> item).tokens.size()
+        return self._reach() - self.cost.predict(len(decodes), len(decodes), context)
 
     cdef bint _grow(self, StepBatch batch, Sequence sequence, Py_ssize_t count) except -1:
         """Give a running sequence what it needs to compute `count` tokens: blocks of its own to write to.
@@ -513,6 +498,8 @@ cdef class Scheduler:
             before = sequence.blocks[first]
             sequence.blocks[first] = self.pool.take_private(before)
             batch.append_copy(sequence, first, before)
+            # Only the executor copies: of such a block, the end of a prompt, a draft model has nothing yet.
+            sequence.num_drafted = min(sequence.num_drafted, first * self.pool.block_size)
         self.pool.allocate_into(sequence.blocks, missing)
         return True
 
@@ -532,6 +519,8 @@ cdef class Scheduler:
             self._steps_without_prompts = 0
             return INFINITY
         left = self._reach() - self.cost.predict(batch.num_tokens, batch.num_rows, batch.context)
+        if self.drafter is not None:
+            left -= self.drafter.seconds
         self._steps_without_prompts += 1
         if self._steps_without_prompts > STEPS_WITHOUT_PROMPTS:
             left = max(left, LEAST_PROMPT_TOKENS * self.cost.per_token(0.0))
@@ -630,6 +619,7 @@ cdef class Scheduler:
         self.pool.free_table(sequence.blocks)
         sequence.num_computed = 0
         sequence.num_remembered = 0
+        sequence.num_drafted = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.state_code = SEQUENCE_PREEMPTED
@@ -903,6 +893,8 @@ cdef class Scheduler:
                 self.pool.truncate_table(
                     sequence.blocks, self.pool.blocks_for(<Py_ssize_t> sequence.tokens.size())
                 )
+            # Past the known tokens the draft model's cache holds guesses; the newest is computed again.
+            sequence.num_drafted = min(sequence.num_drafted, <Py_ssize_t> sequence.tokens.size() - 1)
         for item in self._draining:
             sequence = <Sequence> item
             self.pool.free_table(sequence.blocks)
@@ -952,6 +944,7 @@ cdef class Scheduler:
         for sequence in self._waiting:
             empty = sequence.blocks.empty() and sequence.num_computed == 0 and sequence.num_scheduled == 0
             _require("S3", empty, sequence, "waits, but holds something")
+            _require("S13", sequence.num_drafted == 0, sequence, "waits, but is in the draft model's cache")
         for sequence in self._running:
             known = <Py_ssize_t> sequence.tokens.size()
             held = <Py_ssize_t> sequence.blocks.size()
@@ -972,6 +965,11 @@ cdef class Scheduler:
                 content = self.pool.hash_of(sequence.blocks[i])
                 right = content is None or (i < len(sequence.hashes) and sequence.hashes[i] == content)
                 _require("S10", right, sequence, f"has block {sequence.blocks[i]}, known by another hash")
+            most = known - 1 if sequence.num_scheduled == 0 else known + <Py_ssize_t> sequence.draft.size()
+            held = sequence.num_drafted
+            _require("S13", held <= most, sequence, f"has {held} tokens in the draft model's cache")
+        if self.drafter is not None:
+            self.drafter.check(self._running)
         _require("S5", len(self._running) <= self.max_num_seqs, None, f"{len(self._running)} sequences run")
         self.pool.check([sequence.block_ids for sequence in (*self._running, *self._draining)])
         if self.in_flight is None:

@@ -95,6 +95,16 @@ cdef class Sequence:
     cdef int32_t guess  # the first of what might come next, drafted or not; -1 = none
     cdef int match_kind  # what it comes from
     cdef float acceptance[MATCH_KINDS]  # how often such guesses were right of late, 0..1
+    # Speculation with a draft model (model_drafter.pyx).
+    cdef readonly Py_ssize_t num_drafted  # leading positions that the draft model's cache holds
+    cdef vector[int] draft_kinds  # what the guesses of the draft, and those cut from it, come from
+    cdef float hit_rate  # how often a guess was right of late, whatever it came from; < 0 before the first
+    cdef Py_ssize_t draft_since  # tokens that it had when it was last left alone
+    cdef Py_ssize_t draft_pause  # for so many; 0 = it never was
+    cdef bint draft_tried  # since that was over
+    cdef Py_ssize_t draft_hits  # guesses that were right since then
+    cdef Py_ssize_t draft_room  # most tokens of the draft that is being made
+    cdef double draft_chance  # that all of it is right
 
     # What the last update brought; valid until the next schedule.
     cdef readonly Py_ssize_t first_row  # of the rows of the step's result

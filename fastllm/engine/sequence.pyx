@@ -58,6 +58,7 @@ cdef class Sequence:
         self.priority = priority
         self.guess = -1
         self.acceptance = FIRST_ACCEPTANCE
+        self.hit_rate = -1.0
         self.root = root
         self.hashes = []
         self.followers = []

@@ -55,9 +55,16 @@ cdef class StepBatch:
 
     cdef int begin(self) except -1
     cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1
+    cdef int append_guess(
+        self, Sequence sequence, Py_ssize_t start, Py_ssize_t count, BlockPool pool
+    ) except -1
     cdef int append_copy(self, Sequence sequence, Py_ssize_t index, int32_t source) except -1
     cdef int undo_copies(self, BlockPool pool) except -1
     cdef int seal(self) except -1
+    cdef int _append_tokens(
+        self, Sequence sequence, Py_ssize_t start, Py_ssize_t count, BlockPool pool, int32_t adapter
+    ) except -1
+    cdef int _close_sequence(self, Sequence sequence, Py_ssize_t start, Py_ssize_t count) except -1
     cdef int _reserve_rows(self, Py_ssize_t count) except -1
     cdef int _append_pool_rows(
         self, Sequence sequence, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t first

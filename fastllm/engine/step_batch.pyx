@@ -133,21 +133,9 @@ cdef class StepBatch:
         cdef Py_ssize_t drafted = <Py_ssize_t> sequence.draft.size()
         cdef Py_ssize_t known = count - drafted
         cdef Py_ssize_t first = self.num_tokens
-        cdef Py_ssize_t s = self.num_seqs
         cdef Py_ssize_t i, position
         cdef Sequence follower
-        cdef int32_t* positions = <int32_t*> self._positions.data + first
-        cdef int32_t* token_ids = <int32_t*> self._token_ids.data + first
-        memcpy(token_ids, &sequence.tokens[start], known * sizeof(int32_t))
-        if drafted:
-            memcpy(token_ids + known, sequence.draft.data(), drafted * sizeof(int32_t))
-        for i in range(count):
-            positions[i] = <int32_t> (start + i)
-        pool.fill_slots(<int32_t*> self._slot_mapping.data + first, sequence.blocks, start, count)
-        (<int32_t*> self._query_start.data)[s + 1] = <int32_t> (first + count)
-        (<int32_t*> self._seq_lens.data)[s] = <int32_t> stop
-        (<int32_t*> self._adapter.data)[s] = sequence.adapter
-        self.table_width = max(self.table_width, <Py_ssize_t> sequence.blocks.size())
+        self._append_tokens(sequence, start, count, pool, sequence.adapter)
 
         sequence.first_row = self.num_rows
         sequence.num_prompt_rows = 0
@@ -174,7 +162,56 @@ cdef class StepBatch:
         if known > 1 or start < sequence.num_prompt:
             self.num_prefill_tokens += count
         self.num_draft_tokens += drafted
-        self.context += 0.5 * count * (start + stop + 1)
+        self._close_sequence(sequence, start, count)
+        return 0
+
+    cdef int append_guess(
+        self, Sequence sequence, Py_ssize_t start, Py_ssize_t count, BlockPool pool
+    ) except -1:
+        """Add `count` positions of a sequence and its draft from `start` on, for a model that goes on with
+        the draft; with the last of them comes a row for the next token and its logprob. What the sequence
+        knows of its own rows stays as it is.
+
+        The row samples as the one does that verifies the token: with the same parameters and the same key.
+        """
+        cdef Py_ssize_t drafted = <Py_ssize_t> sequence.draft.size()
+        self._append_tokens(sequence, start, count, pool, -1)
+        if start + count == <Py_ssize_t> sequence.tokens.size() + drafted:
+            self._append_row(sequence, self.num_tokens + count - 1, KIND_SAMPLE, drafted)
+            (<int32_t*> self._num_logprobs.data)[self.num_rows - 1] = 0
+        self._close_sequence(sequence, start, count)
+        return 0
+
+    cdef int _append_tokens(
+        self, Sequence sequence, Py_ssize_t start, Py_ssize_t count, BlockPool pool, int32_t adapter
+    ) except -1:
+        """The next sequence's tokens: positions start .. start + count of what it knows and its draft."""
+        cdef Py_ssize_t size = <Py_ssize_t> sequence.tokens.size()
+        cdef Py_ssize_t known = max(min(count, size - start), 0)
+        cdef Py_ssize_t first = self.num_tokens
+        cdef Py_ssize_t s = self.num_seqs
+        cdef Py_ssize_t i
+        cdef int32_t* positions = <int32_t*> self._positions.data + first
+        cdef int32_t* token_ids = <int32_t*> self._token_ids.data + first
+        if known:
+            memcpy(token_ids, &sequence.tokens[start], known * sizeof(int32_t))
+        if known < count:
+            memcpy(
+                token_ids + known, sequence.draft.data() + (start + known - size),
+                (count - known) * sizeof(int32_t),
+            )
+        for i in range(count):
+            positions[i] = <int32_t> (start + i)
+        pool.fill_slots(<int32_t*> self._slot_mapping.data + first, sequence.blocks, start, count)
+        (<int32_t*> self._query_start.data)[s + 1] = <int32_t> (first + count)
+        (<int32_t*> self._seq_lens.data)[s] = <int32_t> (start + count)
+        (<int32_t*> self._adapter.data)[s] = adapter
+        self.table_width = max(self.table_width, <Py_ssize_t> sequence.blocks.size())
+        return 0
+
+    cdef int _close_sequence(self, Sequence sequence, Py_ssize_t start, Py_ssize_t count) except -1:
+        """Its tokens and rows are complete."""
+        self.context += 0.5 * count * (2 * start + count + 1)
         self.num_tokens += count
         self.num_seqs += 1
         self.sequences.append(sequence)

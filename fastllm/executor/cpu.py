@@ -74,6 +74,9 @@ class CpuExecutor:
             most half of the memory that is free once the weights are loaded.
         kv_cache_share: the same as a share, in (0, 1], of the memory that is free once the weights are
             loaded.
+        kv_bytes_beside: what a block takes elsewhere besides, in another executor's cache of as many blocks:
+            counted in all sizes above.
+        kv_blocks: blocks of the KV cache, whatever the above says; 0: none before `allocate_kv`.
         max_model_len: positions that one sequence may have.
         max_num_seqs: sequences that may run at once.
         threads: 0 takes all processors that the process may use.
@@ -96,6 +99,8 @@ class CpuExecutor:
         block_size: int = 16,
         kv_cache_bytes: int | None = None,
         kv_cache_share: float | None = None,
+        kv_bytes_beside: int = 0,
+        kv_blocks: int | None = None,
         max_model_len: int,
         max_num_seqs: int = 64,
         threads: int = 0,
@@ -125,8 +130,19 @@ class CpuExecutor:
         self._reopen = reopen
         self._level = 0  # of sleep
         self._load(checkpoint)
-        self._kv_blocks = self._size_kv(kv_cache_bytes, kv_cache_share, max_model_len, max_num_seqs)
-        self._decoder.allocate_kv(self._kv_blocks, block_size, kv_cache_dtype)
+        self.kv_bytes_per_block = self._decoder.kv_bytes_per_block(block_size, kv_cache_dtype)
+        self._kv_beside = kv_bytes_beside
+        self._kv_blocks = self.kv_cache_bytes = 0
+        if kv_blocks is None:
+            kv_blocks = self._size_kv(kv_cache_bytes, kv_cache_share, max_model_len, max_num_seqs)
+        if kv_blocks:
+            self.allocate_kv(kv_blocks)
+
+    def allocate_kv(self, blocks: int) -> None:
+        """Makes the KV cache, of so many blocks, in place of the one there is."""
+        self._decoder.allocate_kv(blocks, self._block_size, self._kv_cache_dtype)
+        self._kv_blocks = blocks
+        self.kv_cache_bytes = blocks * self.kv_bytes_per_block
 
     def _load(self, checkpoint: Checkpoint) -> None:
         for slot, layer, weights in _packed(
@@ -138,7 +154,8 @@ class CpuExecutor:
     def _size_kv(self, asked: int | None, share: float | None, max_model_len: int, max_num_seqs: int) -> int:
         """Blocks of the KV cache; the arithmetic goes to the log."""
         dtype = self._kv_cache_dtype
-        per_block = self._decoder.kv_bytes_per_block(self._block_size, dtype)
+        own, beside = self.kv_bytes_per_block, self._kv_beside
+        per_block = own + beside
         per_sequence = -(-max_model_len // self._block_size)
         free = available_memory()
         wanted = per_sequence * max_num_seqs
@@ -172,13 +189,13 @@ class CpuExecutor:
                 would_fit=0,
                 unit="bytes",
             )
-        self.kv_cache_bytes = blocks * per_block
+        draft = f" and {beside // self._block_size} of a draft model" if beside else ""
         logger.info(
             "KV cache: %d blocks x %d tokens x %s = %s for %d tokens (%s); weights: %s; %s, %d threads",
             blocks,
             self._block_size,
-            f"{per_block // self._block_size} bytes/token in {dtype}",
-            format_bytes(self.kv_cache_bytes),
+            f"{own // self._block_size} bytes/token in {dtype}{draft}",
+            format_bytes(blocks * per_block),
             blocks * self._block_size,
             origin,
             format_bytes(self._decoder.weight_bytes),
