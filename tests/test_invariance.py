@@ -89,6 +89,8 @@ class Counts:
 
 def engine_of(model: Path, **options: Any) -> Engine:
     given = {"max_model_len": MODEL_LEN, "threads": 1, "progress": False, **options}
+    if options.get("speculative_config") is DRAFTING:
+        given["speculative_config"] = {**DRAFTING, "model": model}
     engine = load_model(ModelOptions(model=model, **given)).engine
     if options.get("speculative_config") is not None:
         ticks = itertools.count()
@@ -260,7 +262,7 @@ def arrangements(draw: st.DrawFn) -> Arrangement:
             "max_num_batched_tokens": draw(st.sampled_from([1, 3, 8, 64, 512])),
             "enable_prefix_caching": caching,
             **(offload if caching and offload else {}),
-            "speculative_config": draw(st.sampled_from([None, GUESSING])),
+            "speculative_config": draw(st.sampled_from([None, GUESSING, DRAFTING])),
             "target_itl_ms": draw(st.sampled_from([None, 0.5])),
             "threads": draw(st.integers(1, 3)),
         },
@@ -270,6 +272,7 @@ def arrangements(draw: st.DrawFn) -> Arrangement:
 
 
 OFFLOAD = {"kv_offload_bytes": 1 << 20}
+DRAFTING = {"method": "draft_model", "num_speculative_tokens": 3, "quantization": "int4"}  # for itself
 GUESSING = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1}
 
 
@@ -308,6 +311,7 @@ NAMED = {
     "preempted": Arrangement({"kv_cache_tokens": MODEL_LEN}),
     "prefix-hit": Arrangement(times=2),
     "offloaded": Arrangement({**OFFLOAD, "kv_cache_tokens": MODEL_LEN}, times=2),
+    "drafted": Arrangement({"speculative_config": DRAFTING, "max_num_seqs": 2}),
     "speculative": Arrangement({"speculative_config": GUESSING, "max_num_seqs": 2}),
 }
 
@@ -324,5 +328,5 @@ def test_named_arrangements_do_what_they_are_there_for(name: str, model: Path, a
     assert (counts.restored > 0) == (name == "offloaded")
     if name == "prefix-hit":
         assert counts.hits > 500
-    if name == "speculative":
+    if name in ("drafted", "speculative"):
         assert counts.accepted > 0
