@@ -260,3 +260,25 @@ def test_nothing_is_guessed_where_what_is_allowed_depends_on_the_guess(restricti
         engine.step()
         engine.check()
     assert engine.scheduler.num_draft_tokens == 0
+
+
+def test_guesses_rest_where_steps_with_them_lose() -> None:
+    """Four tokens cost as much as one, a fifth as much as all four: no even cost foretells that."""
+    others = np.random.default_rng(4).integers(4, 7, 100).tolist()
+    text = [token for other in others for token in (2, 3, other)]
+    scheduler = make(guesses=4, num_blocks=512, max_model_len=400)
+    for _ in range(4):
+        scheduler.add(sequence(text[:9], SamplingParams(temperature=0, max_tokens=280, ignore_eos=True)))
+    drafter = scheduler.drafter
+    assert isinstance(drafter, NgramDrafter)
+    executor = scripted(scheduler, text)
+    seconds, longest = 0.0, 0
+    while (batch := scheduler.schedule()) is not None:
+        took = 1e-3 if batch.num_tokens <= 4 or batch.num_prefill_tokens else 2e-3
+        scheduler.observe(took)
+        scheduler.update(executor.run(batch))
+        seconds += took
+        longest = max(longest, drafter.pause)
+    assert scheduler.num_accepted_tokens > 0
+    assert longest >= 64
+    assert seconds < 1.04 * 281e-3

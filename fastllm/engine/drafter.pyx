@@ -11,6 +11,11 @@ right of late, by the length of the match that they came from, follows the chanc
 it are right; a guess is made while that chance is above its price, which is the time that one more token adds
 to the step, in steps that yield one token. Guesses are made in mind even where they are not worth computing,
 and held against the token that came: so a sequence that begins to repeat itself is noticed at no cost.
+That is a forecast, from costs that are taken to grow evenly with the tokens of a step. So what came of it is
+measured: the tokens that a step with drafts yields and the seconds that it takes, against a step without
+drafts of as many sequences. Where steps with drafts lose on the average, there are none for 32 steps, then
+64, 128, ...
+
 `model_drafter.pyx` has another source of guesses, a second model.
 
 Prompt lookup: Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding.
@@ -29,6 +34,14 @@ cdef float LEARNING_RATE = 0.2
 cdef double FIRST_PRICE = 0.4  # of a guess, before anything is known of what steps take
 cdef double PRICE_MARGIN = 1.2  # guesses are worth it only if they pay more than that
 cdef double LOWEST_PRICE = 0.15  # a second token may cost nothing, the tenth does
+cdef double FIRST_GAIN = 0.1  # in steps without drafts, before anything is known: an advance
+cdef double NEXT_GAIN = 0.05  # after a pause
+cdef double WELL = 0.3  # a gain after which the next pause is a short one again
+cdef double GAIN_RATE = 0.1
+cdef double PLAIN_RATE = 0.1
+cdef double SURPRISE = 3.0  # a step so many times longer than others tells of the machine
+cdef Py_ssize_t FIRST_REST = 32
+cdef Py_ssize_t LONGEST_REST = 1024
 
 
 cdef class Drafter:
@@ -84,6 +97,19 @@ cdef class Drafter:
             LOWEST_PRICE,
         )
 
+    cdef int judge(
+        self, Py_ssize_t decodes, Py_ssize_t drafted, Py_ssize_t made, double context, double seconds
+    ) except -1:
+        """Take in what came of a step that did nothing but decode.
+
+        Args:
+            decodes, drafted: its sequences, and the tokens of their drafts.
+            made: tokens that it yielded.
+            context: positions that attention read, summed over its tokens.
+            seconds: that it took to compute.
+        """
+        return 0
+
     def check(self, sequences):
         """Recompute what it believes of running sequences from scratch.
 
@@ -99,6 +125,10 @@ cdef class NgramDrafter(Drafter):
         max_tokens: most tokens of a draft, 1..64.
         min_match: tokens that must have stood there before, 1..8.
 
+    Attributes:
+        gain: what a step with drafts was worth of late beyond its time, in steps without any.
+        pause: so many steps are to come without drafts.
+
     Raises:
         RequestError: one of them is out of range.
     """
@@ -108,18 +138,29 @@ cdef class NgramDrafter(Drafter):
         if not 1 <= min_match <= LONGEST_MATCH:
             raise RequestError("prompt_lookup_min", min_match, f"an integer in 1..{LONGEST_MATCH}")
         self.min_match = min_match
+        self.gain = FIRST_GAIN
+        self.rest = FIRST_REST
+
+    cdef int attach(
+        self, BlockPool pool, StepCost verification, Py_ssize_t max_num_seqs,
+        Py_ssize_t max_num_batched_tokens, Py_ssize_t vocab_size,
+    ) except -1:
+        self.plain.assign(max_num_seqs + 1, 0.0)
+        return Drafter.attach(
+            self, pool, verification, max_num_seqs, max_num_batched_tokens, vocab_size
+        )
 
     cdef int propose(self, list decodes, Py_ssize_t spare, Py_ssize_t reserve, double seconds) except -1:
         cdef Sequence sequence
         cdef double context = 0.0
         cdef double price
         cdef Py_ssize_t size, missing
+        if spare < 0 or self.rests():  # then guesses are made in mind alone
+            spare = 0
         for item in decodes:
             context += <double> (<Sequence> item).tokens.size()
         price = self.price(len(decodes), context)
         for item in decodes:
-            if spare <= 0:
-                break
             sequence = <Sequence> item
             if sequence.followers or not sequence.may_be_drafted():
                 continue
@@ -133,6 +174,37 @@ cdef class NgramDrafter(Drafter):
                 else:  # nobody is to be preempted for a guess
                     sequence.draft.clear()
             spare -= <Py_ssize_t> sequence.draft.size()
+        return 0
+
+    cdef bint rests(self) noexcept:
+        """Whether the next step is to have no drafts, since those of late did not pay."""
+        if self.pause == 0:
+            return False
+        self.pause -= 1
+        return True
+
+    cdef int judge(
+        self, Py_ssize_t decodes, Py_ssize_t drafted, Py_ssize_t made, double context, double seconds
+    ) except -1:
+        cdef double plain = self.plain[decodes]
+        cdef double took = seconds
+        if drafted == 0:
+            if plain > 0.0:
+                took = plain + PLAIN_RATE * (min(seconds, SURPRISE * plain) - plain)
+            self.plain[decodes] = took
+            return 0
+        if plain == 0.0:
+            plain = self.verification.predict(decodes, decodes, context * decodes / (decodes + drafted))
+        if plain <= 0.0:
+            return 0
+        took = min(seconds, SURPRISE * plain)
+        self.gain += GAIN_RATE * (<double> made / decodes - took / plain - self.gain)
+        if self.gain < 0.0:
+            self.pause = self.rest
+            self.rest = min(2 * self.rest, LONGEST_REST)
+            self.gain = NEXT_GAIN
+        elif self.gain > WELL:
+            self.rest = FIRST_REST
         return 0
 
     cdef int _guess(self, Sequence sequence, Py_ssize_t most, double price) except -1:

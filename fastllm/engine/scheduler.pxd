@@ -28,6 +28,7 @@ cdef class Scheduler:
     cdef readonly Drafter drafter
     cdef readonly double target_itl  # seconds; 0 = none
     cdef Py_ssize_t _steps_without_prompts
+    cdef double _seconds  # that the step in flight took, once that is known
     cdef readonly StepCost cost
     cdef readonly Py_ssize_t num_drafts, num_draft_tokens, num_accepted_tokens
 
@@ -66,6 +67,7 @@ cdef class Scheduler:
     cdef Py_ssize_t _shareable_blocks(self, Sequence sequence)
     cdef bint _admit(self, Sequence sequence) except -1
     cdef int _preempt(self, Sequence sequence) except -1
+    cdef Py_ssize_t _made_of(self, StepBatch batch)
     cdef int _remember(self, Sequence sequence) except -1
     cdef list _release_followers(self, Sequence leader)
     cdef int _seat(self, Sequence follower) except -1

@@ -685,6 +685,10 @@ cdef class Scheduler:
                 self._settle(<Sequence> item, reason, moved)
             if leads:
                 forked += followers
+        if self.drafter is not None and batch.num_prefill_tokens == 0 and self._seconds > 0.0:
+            self.drafter.judge(
+                batch.num_seqs, batch.num_draft_tokens, self._made_of(batch), batch.context, self._seconds
+            )
         self._end_step()
         if ended:
             self._running = [
@@ -693,6 +697,13 @@ cdef class Scheduler:
         for item in forked:
             self._seat(<Sequence> item)
         return moved
+
+    cdef Py_ssize_t _made_of(self, StepBatch batch):
+        """New tokens of the sequences of a step."""
+        cdef Py_ssize_t made = 0
+        for item in batch.sequences:
+            made += (<Sequence> item).num_new
+        return made
 
     cdef int _remember(self, Sequence sequence) except -1:
         """Tell the prefix index about the blocks that have become full."""
@@ -790,6 +801,7 @@ cdef class Scheduler:
     cpdef int observe(self, double seconds) except -1:
         """Say what the step in flight took to compute, before its update."""
         if self.in_flight is not None:
+            self._seconds = seconds
             self.cost.observe(
                 self.in_flight.num_tokens, self.in_flight.num_rows - self.in_flight.num_hidden,
                 self.in_flight.context, seconds,
@@ -901,6 +913,7 @@ cdef class Scheduler:
         self._draining.clear()
         self.in_flight.sequences.clear()
         self.in_flight = None
+        self._seconds = 0.0
         return 0
 
     def check(self):
