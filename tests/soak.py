@@ -1,6 +1,6 @@
 """A soak: many users for a while, most of them rude. Nothing may leak, and no answer may change.
 
-    python tests/soak.py [--seconds 120 | --requests 20000] [--users 24] [--seed 0] [--model MODEL]
+    python tests/soak.py [--seconds 120 | --requests 20000] [--users 24] [--seed 0] [--model MODEL] [--drafts]
 
 MODEL is a model reference, or "tiny": random weights of `tiny.py` and two LoRA adapters, which thousands of
 requests a minute can be sent to. Users send requests of all kinds to one `AsyncLLM` whose KV cache is too
@@ -405,22 +405,31 @@ async def run_soak(
         idle = await run.idle_share()
         assert idle < IDLE_SHARE_MAX, f"{idle:.2%} of a processor with nothing to do"
         guesses = await run.on_engine(lambda engine: engine.scheduler.num_accepted_tokens)
+        restored = (await run.on_engine(Engine.load)).num_restored_tokens
     after = threading.active_count(), footprint()
     assert after == before, f"threads, without pools, files: {before}, closed {after}"
     assert load.num_preemptions > 0, "the cache was never full"
     assert run.counts["canaries"] > 1
     if "speculative_config" in options:
         assert guesses > 0, "no guess was ever right"
+    if "kv_offload_bytes" in options:
+        assert restored > 0, "nothing came back from the file"
     done = ", ".join(f"{count} {name}" for name, count in sorted(run.counts.items()))
     return (
         f"{took:.0f} s, {users} users, {run.started} requests, {tally.aborted} ended early: {done}, "
-        f"{load.num_preemptions} preemptions in all, {guesses} tokens guessed right; "
+        f"{load.num_preemptions} preemptions in all, {guesses} tokens guessed right, {restored} restored; "
         f"resident memory {growth / 2**20:+.1f} MiB since a quarter; idle {idle:.2%} of a processor"
     )
 
 
 def soak(
-    model: str, users: int, seed: int, *, seconds: float | None = None, requests: int | None = None
+    model: str,
+    users: int,
+    seed: int,
+    *,
+    seconds: float | None = None,
+    requests: int | None = None,
+    drafts: bool = False,
 ) -> str:
     """A whole run in an event loop of its own; see the module's docstring. One of seconds and requests."""
     if model != TINY:
@@ -445,7 +454,8 @@ def soak(
             run_soak(
                 path, users, seed, seconds=seconds, requests=requests, adapters=adapters,
                 longest=35, growth_max=RSS_GROWTH_MAX_BYTES_TINY, kv_cache_tokens=1536, threads=2,
-                speculative_config={"method": "ngram"}, target_itl_ms=20.0,
+                speculative_config={"method": "draft_model", "model": path} if drafts else {"method": "ngram"},
+                target_itl_ms=20.0, kv_offload_bytes=4 << 20,
             )
         )  # fmt: skip
 
@@ -459,9 +469,17 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--drafts", action="store_true", help="the tiny model drafts for itself")
     options = parser.parse_args()
     seconds = 120.0 if options.seconds is None and options.requests is None else options.seconds
-    print(soak(options.model, options.users, options.seed, seconds=seconds, requests=options.requests))
+    if options.drafts and options.model != TINY:
+        parser.error("--drafts needs --model tiny")
+    print(
+        soak(
+            options.model, options.users, options.seed, seconds=seconds, requests=options.requests,
+            drafts=options.drafts,
+        )
+    )  # fmt: skip
     return 0
 
 
