@@ -450,11 +450,12 @@ def soak(
             LoRARequest(name, save_adapter(place / name, network, seed=number).path)
             for number, name in enumerate(("first", "second"))
         ]
+        guesses = {"method": "draft_model", "model": path} if drafts else {"method": "ngram"}
         return asyncio.run(
             run_soak(
                 path, users, seed, seconds=seconds, requests=requests, adapters=adapters,
                 longest=35, growth_max=RSS_GROWTH_MAX_BYTES_TINY, kv_cache_tokens=1536, threads=2,
-                speculative_config={"method": "draft_model", "model": path} if drafts else {"method": "ngram"},
+                speculative_config=guesses,
                 target_itl_ms=20.0, kv_offload_bytes=4 << 20,
             )
         )  # fmt: skip

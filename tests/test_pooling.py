@@ -28,6 +28,7 @@ from fastllm import LLM, AsyncLLM, EmbeddingOutput, PoolingParams, SamplingParam
 from fastllm.engine import hooks as events
 from fastllm.engine.engine import Engine, EngineConfig
 from fastllm.engine.hooks import EngineHook
+from fastllm.engine.offload import PAGE
 from fastllm.engine.pooling import cosine
 from fastllm.errors import CapacityError, EngineDeadError, RequestError
 from fastllm.executor.base import ROW_POOL, ROW_SAMPLE
@@ -171,13 +172,25 @@ def test_mixes_of_pooling_and_generating_requests_change_no_answer(
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests of both kinds come, run, are aborted at any moment; the cache is reset; the engine sleeps."""
+    """Requests of both kinds come, run, are aborted at any moment; blocks go to a file and come back; the
+    cache is reset; the engine sleeps."""
 
-    @initialize(blocks=st.integers(4, 14), seqs=st.integers(1, 5), budget=st.integers(1, 12))
-    def start(self, blocks: int, seqs: int, budget: int) -> None:
+    @initialize(
+        blocks=st.integers(4, 14),
+        seqs=st.integers(1, 5),
+        budget=st.integers(1, 12),
+        file_bytes=st.sampled_from([None, 3 * PAGE, 100 * PAGE]),
+    )
+    def start(self, blocks: int, seqs: int, budget: int, file_bytes: int | None) -> None:
         self.recorder = CacheRecorder()
         self.executor = FakeSleeper(num_blocks=blocks)
-        self.engine = make(self.executor, [self.recorder], max_num_seqs=seqs, max_num_batched_tokens=budget)
+        self.engine = make(
+            self.executor,
+            [self.recorder],
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            kv_offload_bytes=file_bytes,
+        )
         self.blocks = blocks
         self.asked: dict[str, tuple[list[int], Any]] = {}
         self.aborted: set[str] = set()
@@ -260,6 +273,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert bits(output.embedding) == bits(expected_embedding(prompt, params))
         assert self.engine.load().num_running == self.engine.load().num_waiting == 0
         assert self.engine.load().kv_usage == 0
+        self.engine.close()
 
 
 class CacheRecorder(EngineHook):
