@@ -172,20 +172,22 @@ class AsyncLLM:
         pooling_params: PoolingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[EmbeddingOutput, None]:
         """Embed a prompt; there is one output.
 
         Args:
             pooling_params: None: `PoolingParams()`.
-            prompt, request_id, priority: as for `generate`.
+            prompt, request_id, lora_request, priority: as for `generate`.
 
         Raises:
             As `generate`.
         """
         parsed = parse_prompt(prompt)
         params = parse_pooling_params(pooling_params)
-        return self._generate(self._tokenizing(parsed, None), params, request_id, priority, parsed.cache_salt)
+        (lora,) = parse_loras(lora_request, 1)
+        return self._generate(self._tokenizing(parsed, lora), params, request_id, priority, parsed.cache_salt)
 
     def _tokenizing(self, parsed: Prompt, lora: LoRARequest | None) -> _Preparation:
         inline = parsed.text is None or parsed.token_ids is not None or len(parsed.text) <= _INLINE_CHARACTERS

@@ -431,6 +431,7 @@ class LLM:
         *,
         pooling: str = "last",
         normalize: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: int | Sequence[int] = 0,
         use_tqdm: bool | None = None,
     ) -> list[EmbeddingOutput]:
@@ -439,7 +440,7 @@ class LLM:
         Embeddings share batches with everything else, and have the same bits in every arrangement.
 
         Args:
-            prompts, priority, use_tqdm: as for `generate`.
+            prompts, lora_request, priority, use_tqdm: as for `generate`.
             pooling: "last" takes the state of the prompt's last token, "mean" averages those of all tokens.
             normalize: make the vectors one long, so that dot products are cosines.
 
@@ -453,7 +454,8 @@ class LLM:
         parsed = parse_prompts(prompts)
         several = not isinstance(prompts, (str, Mapping))
         places = [f"prompts[{index}]" if several else "" for index in range(len(parsed))]
-        return self._embed(parsed, params, places, parse_priorities(priority, len(parsed)), use_tqdm)
+        loras = parse_loras(lora_request, len(parsed))
+        return self._embed(parsed, params, places, parse_priorities(priority, len(parsed)), loras, use_tqdm)
 
     def _embed(
         self,
@@ -461,14 +463,16 @@ class LLM:
         params: PoolingParams,
         places: Sequence[str],
         priorities: Sequence[int],
+        loras: Sequence[LoRARequest | None],
         use_tqdm: bool | None,
     ) -> list[EmbeddingOutput]:
         self._thread.check_health()
         ids = [tokenize(self._tokenizer, item, place) for item, place in zip(parsed, places, strict=True)]
+        self._adapters.load_all(loras)
         given = [params] * len(parsed)
-        nothing = [None] * len(parsed)
+        unconstrained = [None] * len(parsed)
         outputs: list[EmbeddingOutput] = self._wait_for(
-            parsed, ids, given, places, priorities, nothing, nothing, use_tqdm
+            parsed, ids, given, places, priorities, loras, unconstrained, use_tqdm
         )
         return outputs
 
@@ -478,6 +482,7 @@ class LLM:
         documents: PromptType | Sequence[PromptType],
         *,
         pooling: str = "last",
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
         use_tqdm: bool | None = None,
     ) -> list[ScoringOutput]:
@@ -487,6 +492,7 @@ class LLM:
             query_or_queries, documents: prompts as for `generate`; one query for all documents, or as many
                 queries as documents.
             pooling: as for `embed`.
+            lora_request: the adapter to embed with, queries and documents alike.
             priority, use_tqdm: as for `generate`.
 
         Returns:
@@ -509,7 +515,8 @@ class LLM:
         if queries != 1 and queries != count:
             limit = f"one for all or {count}, one for each document"
             raise RequestError("query_or_queries", f"{queries} of them", limit)
-        outputs = self._embed(parsed, params, places, [priority] * len(parsed), use_tqdm)
+        loras = parse_loras(lora_request, len(parsed))
+        outputs = self._embed(parsed, params, places, [priority] * len(parsed), loras, use_tqdm)
         pairs = zip(outputs[:queries] * (1 if queries == count else count), outputs[queries:], strict=True)
         return [score_pair(query, document) for query, document in pairs]
 

@@ -151,6 +151,25 @@ def test_a_name_is_free_again_when_its_request_has_ended() -> None:
     assert [item.outputs[0].finish_reason for item in engine.step()] == ["abort", "length"]
 
 
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"max_model_len": "60"}, "max_model_len"),
+        ({"max_num_seqs": 2.0}, "max_num_seqs"),
+        ({"num_speculative_tokens": None}, "num_speculative_tokens"),
+        ({"target_itl_ms": "5"}, "target_itl_ms"),
+        ({"priority_interval": None}, "priority_interval"),
+        ({"kv_offload_bytes": "1 GB"}, "kv_offload_bytes"),
+        ({"kv_offload_bytes": 1 << 20, "enable_prefix_caching": False}, "kv_offload_bytes"),
+        ({"kv_offload_dir": "/tmp"}, "kv_offload_dir"),
+    ],
+)
+def test_a_config_of_the_wrong_kind_is_refused(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Engine(FakeExecutor(), FakeTokenizer(), EngineConfig(**{"max_model_len": 60, **options}))
+    assert caught.value.field == field
+
+
 def test_a_config_that_contradicts_the_executor_is_refused() -> None:
     with pytest.raises(RequestError, match="block_size"):
         make(block_size=8)

@@ -32,6 +32,7 @@ from fastllm import (
     EngineDeadError,
     LoRARequest,
     ModelFileError,
+    PoolingParams,
     RequestError,
     RequestOutput,
     SamplingParams,
@@ -417,6 +418,36 @@ def test_answers_are_those_of_the_merged_model(model: Any, tmp_path: Path) -> No
     for _ in range(10):
         expected.append(int(tiny.logits(merged, expected)[-1].argmax()))
     assert output.outputs[0].token_ids == expected[12:]
+
+
+def test_embeddings_have_adapters_too(path: Path, adapters: list[LoRARequest]) -> None:
+    """Each prompt its own, in one batch, on both surfaces; they are loaded with the first request."""
+    batch = prompts(8)
+    with LLM(path, max_model_len=128, enable_prefix_caching=False) as llm:
+        alone = [
+            llm.embed(prompt, pooling="mean", lora_request=lora)[0].embedding
+            for prompt, lora in zip(batch, loras(adapters, 8), strict=True)
+        ]
+        plain = llm.embed(batch, pooling="mean")
+        for output, lora, embedding in zip(plain, loras(adapters, 8), alone, strict=True):
+            assert (output.embedding.tobytes() == embedding.tobytes()) == (lora is None)
+        scored = llm.score(batch[0], batch[1], lora_request=adapters[0], pooling="mean")[0].score
+        assert scored != llm.score(batch[0], batch[1], pooling="mean")[0].score
+        with pytest.raises(RequestError, match="lora_request"):
+            llm.embed(batch, lora_request=[None])
+        with pytest.raises(RequestError, match="adapter"):
+            llm.score(batch[0], batch[1], lora_request=LoRARequest("unknown"))
+    with LLM(path, max_model_len=128) as llm:
+        outputs = llm.embed(batch, pooling="mean", lora_request=loras(adapters, 8))
+        assert [output.embedding.tobytes() for output in outputs] == [item.tobytes() for item in alone]
+
+    async def encode() -> bytes:
+        async with AsyncLLM(path, max_model_len=128) as llm:
+            pooling = PoolingParams(pooling="mean")
+            outputs = [item async for item in llm.encode(batch[1], pooling, lora_request=adapters[0])]
+            return outputs[0].embedding.tobytes()
+
+    assert asyncio.run(encode()) == alone[1].tobytes()
 
 
 RUN = """

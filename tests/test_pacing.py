@@ -149,6 +149,33 @@ def test_a_long_answer_does_not_shut_the_others_out() -> None:
         pytest.fail("the short one is not served while the long one runs")
 
 
+def test_what_matters_more_does_not_wait_for_what_fills_the_target() -> None:
+    machine = Machine()
+    config = EngineConfig(max_model_len=3000, target_itl_ms=TARGET_MS)
+    engine = Engine(machine, FakeTokenizer(), config, clock=machine.clock)
+    for index in range(40):
+        params = SamplingParams(max_tokens=400, ignore_eos=True, detokenize=False)
+        engine.add_request(f"long {index}", [2] * 10, params, priority=1)
+        for _ in range(5):
+            engine.step()
+    filled = engine.load().num_running
+    assert engine.load().num_waiting > 0, "the target admits all of them"
+    assert engine.load().num_preemptions == 0
+    for index in range(3):
+        params = SamplingParams(max_tokens=5, ignore_eos=True, detokenize=False)
+        engine.add_request(f"short {index}", [2] * 40, params, priority=-1)
+    ended: list[str] = []
+    for _ in range(20):
+        ended += [output.request_id for output in engine.step() if output.finished]
+        engine.check()
+    assert sorted(ended) == ["short 0", "short 1", "short 2"]
+    assert 3 <= engine.load().num_preemptions <= 6, "those whose share they need, and few more"
+    assert engine.load().num_running >= filled - 3
+    while engine.has_unfinished():
+        ended += [output.request_id for output in engine.step() if output.finished]
+    assert len(ended) == 43
+
+
 @pytest.mark.parametrize("target", [0, -1.0, float("nan"), True, "5", 1e9])
 def test_a_bad_target_is_refused(target: Any) -> None:
     with pytest.raises(RequestError, match="target_itl_ms"):

@@ -7,6 +7,7 @@ strings, logprobs). It runs in the caller's thread, one call at a time, and star
 from __future__ import annotations
 
 import logging
+import numbers
 import os
 import random
 import time
@@ -32,7 +33,7 @@ from fastllm.engine.drafter import Drafter, NgramDrafter
 from fastllm.engine.hooks import EngineHook, HookTable, emit
 from fastllm.engine.interrupt import InterruptGuard
 from fastllm.engine.model_drafter import ModelDrafter
-from fastllm.engine.offload import Offload, open_offload
+from fastllm.engine.offload import Offload, check_options, open_offload
 from fastllm.engine.pooling import PooledPrompt, PoolingRequest
 from fastllm.engine.profile import Profile
 from fastllm.engine.request import Request
@@ -176,6 +177,7 @@ class Engine:
         detokenizer_factory: DetokenizerFactory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        _check_config(config)
         if config.block_size is not None and config.block_size != executor.block_size:
             raise RequestError("block_size", config.block_size, f"the executor's ({executor.block_size})")
         self.config = config
@@ -918,6 +920,27 @@ class Engine:
                     raise AssertionError(f"E3: {item.num_tokens} tokens delivered of {item.sequence!r}")
         if live:
             raise AssertionError(f"E4: sequences that belong to no request: {list(live)}")
+
+
+def _check_config(config: EngineConfig) -> None:
+    """Raises RequestError for values of a kind that the scheduler, which looks at ranges, cannot take."""
+    integers = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens")
+    kinds: tuple[tuple[tuple[str, ...], type, str], ...] = (
+        ((*integers, "prompt_lookup_min"), numbers.Integral, "an integer"),
+        (("priority_interval", "target_itl_ms"), numbers.Real, "a number"),
+    )
+    for names, kind, limit in kinds:
+        for name in names:
+            value = getattr(config, name)
+            optional = name == "target_itl_ms" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise RequestError(name, value, limit)
+    check_options(
+        config.kv_offload_bytes,
+        config.kv_offload_dir,
+        config.kv_offload_encrypted,
+        config.enable_prefix_caching,
+    )
 
 
 def _drafter(

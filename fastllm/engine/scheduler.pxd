@@ -60,7 +60,7 @@ cdef class Scheduler:
     cdef double _seconds_to_catch_up(self, list decodes)
     cdef double _seconds_for_prompts(self, StepBatch batch)
     cdef double _reach(self)
-    cdef bint _keeps_target(self, Sequence newcomer)
+    cdef bint _keeps_target(self, Py_ssize_t newcomers, Py_ssize_t running)
     cdef int _schedule_prompts(
         self, StepBatch batch, Py_ssize_t budget, bint room, double seconds
     ) except -1

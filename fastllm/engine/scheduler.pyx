@@ -11,7 +11,7 @@ further ones filled from a file (`offload`), then one block at a time as it grow
 A deadline is the time of arrival, plus priority_interval seconds for each level that the priority lies below
 0: of two that wait the more important one is served first, but nobody is overtaken by what arrives later than
 that, so that nothing waits for ever. Equal deadlines go by arrival. A waiting sequence also takes seat and
-blocks of running ones that are of lower priority and have a later deadline.
+blocks of running ones that are of lower priority and have a later deadline, and their share of the target.
 
 When a running sequence needs a block and none is free, the one with the last deadline is preempted: it gives
 up its blocks and returns to the queue; later its tokens, prompt and output, are computed again as if they
@@ -65,7 +65,8 @@ States of a sequence
     RUNNING    PREEMPTED  schedule, _preempt           an earlier one (or itself)    freed; num_computed is 0
                                                        needs a block, none is free;
                                                        or a more important one
-                                                       waits for seat or blocks
+                                                       waits for seat, blocks, or
+                                                       room under the target
     RUNNING    FINISHED   update                       stop token or length limit;   freed
                                                        one that pools: its prompt
                                                        is computed ("stop")
@@ -363,12 +364,14 @@ cdef class Scheduler:
         cdef Py_ssize_t seats = 0
         cdef Py_ssize_t blocks = 0
         cdef Py_ssize_t hits, left
+        cdef bint room
         while seats < len(self._waiting):
             waiting = <Sequence> self._waiting[seats]
             if not self._yields(len(self._running) - 1, waiting):
                 return 0
             seats += 1
-            if not self._has_room(seats, blocks + self._blocks_to_admit(waiting, &hits)):
+            room = self._has_room(seats, blocks + self._blocks_to_admit(waiting, &hits))
+            if not room or not self._keeps_target(seats, len(self._running)):
                 left = self._left_for(
                     waiting, seats, blocks + self.pool.blocks_for(<Py_ssize_t> waiting.tokens.size())
                 )
@@ -387,13 +390,14 @@ cdef class Scheduler:
         return running.priority > waiting.priority and _before(waiting, running)
 
     cdef Py_ssize_t _left_for(self, Sequence waiting, Py_ssize_t seats, Py_ssize_t blocks) except -2:
-        """How many may go on running at most, so that so many sequences with so many blocks have room; -1 if
-        there is none even then. What others hold as well counts as taken."""
+        """How many may go on running at most, so that so many sequences with so many blocks have room and
+        keep the target; -1 if they do not even then. What others hold as well counts as taken."""
         cdef Sequence victim
         cdef Py_ssize_t left = len(self._running)
         cdef Py_ssize_t free = self.pool.num_free
         cdef Py_ssize_t i
-        while left + seats > self.max_num_seqs or blocks + left + seats - 1 > free:
+        while (left + seats > self.max_num_seqs or blocks + left + seats - 1 > free
+               or not self._keeps_target(seats, left)):
             if not self._yields(left - 1, waiting):
                 return -1
             left -= 1
@@ -530,15 +534,18 @@ cdef class Scheduler:
         """The target, less what predictions are wrong by."""
         return max(self.target_itl - DEVIATIONS * self.cost.deviation, 0.5 * self.target_itl)
 
-    cdef bint _keeps_target(self, Sequence newcomer):
-        """Whether steps in which all running sequences and one more decode leave something for prompts. A
-        target that one alone exceeds is no reason to wait."""
-        cdef double context = <double> newcomer.tokens.size()
-        cdef Py_ssize_t count = len(self._running) + 1
-        cdef double most = FOR_DECODES * self._reach()
-        if self.target_itl == 0.0 or count == 1 or self.cost.predict(1.0, 1.0, context) > most:
+    cdef bint _keeps_target(self, Py_ssize_t newcomers, Py_ssize_t running):
+        """Whether steps in which the first so many of the queue and of the running sequences decode leave
+        something for prompts. A target that the last of the newcomers alone exceeds is no reason to wait."""
+        cdef Py_ssize_t count = running + newcomers
+        cdef double context, most
+        if self.target_itl == 0.0 or count == 1:
             return True
-        for item in self._running:
+        most = FOR_DECODES * self._reach()
+        context = <double> (<Sequence> self._waiting[newcomers - 1]).tokens.size()
+        if self.cost.predict(1.0, 1.0, context) > most:
+            return True
+        for item in self._waiting[:newcomers - 1] + self._running[:running]:
             context += <double> (<Sequence> item).tokens.size()
         return self.cost.predict(count, count, context) <= most
 
@@ -584,7 +591,7 @@ cdef class Scheduler:
         cdef Py_ssize_t most
         if not self._has_room(1, self._blocks_to_admit(sequence, &hits)):
             return False
-        if not self._keeps_target(sequence):
+        if not self._keeps_target(1, len(self._running)):
             return False
         self.pool.take_prefix(sequence.hashes, hits, sequence.blocks)
         self.pool.allocate_into(
