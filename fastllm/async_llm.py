@@ -34,7 +34,7 @@ from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from fastllm.engine.constraints import Constraint
-    from fastllm.engine.engine import Engine
+    from fastllm.engine.engine import Engine, EngineLoad
     from fastllm.engine.hooks import EngineHook
     from fastllm.engine.profile import Profile
     from fastllm.formats.tokenizer import Tokenizer
@@ -365,6 +365,10 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> None:
         """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
         await asyncio.wrap_future(self._thread.call(lambda engine: engine.reset_prefix_cache()))
+
+    async def load(self) -> EngineLoad:
+        """How busy the engine is: sequences, blocks, what the prefix cache did; between two steps."""
+        return await asyncio.wrap_future(self._thread.call(lambda engine: engine.load()))
 
     async def start_profile(self) -> Profile:
         """Measure where the time of the steps goes, until `stop_profile`.

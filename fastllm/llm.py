@@ -36,7 +36,7 @@ from fastllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from fastllm.engine.constraints import Constraint
-    from fastllm.engine.engine import Engine
+    from fastllm.engine.engine import Engine, EngineLoad
     from fastllm.engine.hooks import EngineHook
     from fastllm.engine.profile import Profile
     from fastllm.formats.tokenizer import Tokenizer
@@ -291,11 +291,15 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         lora_request: LoRARequest | None = None,
+        priority: int = 0,
     ) -> Iterator[RequestOutput]:
         """Continue one prompt, piece by piece.
 
         Each output holds what is new since the one before (output_kind DELTA); a caller that is slow gets
         several pieces joined. To leave the iterator, or to close it, ends the request.
+
+        Args:
+            prompt, sampling_params, lora_request, priority: as for `generate`.
 
         Raises:
             As `generate`; what concerns the prompt's form at once, the rest with the first piece.
@@ -305,10 +309,16 @@ class LLM:
         (lora,) = parse_loras(lora_request, 1)
         self._thread.check_health()
         ids = tokenize(self._tokenizer, parsed)
-        return self._stream(parsed, ids, replace(params, output_kind=RequestOutputKind.DELTA), lora)
+        params = replace(params, output_kind=RequestOutputKind.DELTA)
+        return self._stream(parsed, ids, params, lora, priority)
 
     def _stream(
-        self, prompt: Prompt, ids: Sequence[int], params: SamplingParams, lora: LoRARequest | None
+        self,
+        prompt: Prompt,
+        ids: Sequence[int],
+        params: SamplingParams,
+        lora: LoRARequest | None,
+        priority: int,
     ) -> Iterator[RequestOutput]:
         self._adapters.load_all([lora])
         adapter = None if lora is None else lora.lora_name
@@ -324,6 +334,7 @@ class LLM:
                         prompt.text,
                         ids,
                         params,
+                        priority,
                         cache_salt=prompt.cache_salt,
                         adapter=adapter,
                         constraint=constraint,
@@ -559,6 +570,10 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget what cached blocks hold: no later request finds them. What runs is not disturbed."""
         self._thread.call(lambda engine: engine.reset_prefix_cache()).result()
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is: sequences, blocks, what the prefix cache did; between two steps."""
+        return self._thread.call(lambda engine: engine.load()).result()
 
     # ---- adapters ----------------------------------------------------------------------------------------
 

@@ -416,8 +416,24 @@ def test_two_streams_and_a_batch_take_turns_in_one_thread() -> None:
         assert_alone(joined(pieces[1]), [3, 2], GREEDY)
 
 
+def test_a_stream_has_a_priority_and_the_load_shows_it_running() -> None:
+    executor = HeldExecutor()
+    executor.before_step = lambda number: time.sleep(0.002)
+    with make(executor, max_num_seqs=1) as llm:
+        long = llm.stream("abc", SamplingParams(max_tokens=None, ignore_eos=True))
+        next(long)
+        assert (llm.load().num_running, llm.load().num_waiting) == (1, 0)
+        assert_alone(joined(list(llm.stream("ba", GREEDY, priority=-1))), [3, 2], GREEDY)
+        assert llm.load().num_preemptions == 1
+        long.close()  # type: ignore[attr-defined]
+        check_empty(llm)
+        assert llm.load().num_used_blocks == 0
+
+
 def test_the_errors_of_a_stream() -> None:
     with make() as llm:
+        with pytest.raises(RequestError, match=r"^priority"):
+            list(llm.stream("a", GREEDY, priority=1.5))  # type: ignore[arg-type]
         with pytest.raises(RequestError, match=r"^prompt: expected"):
             llm.stream([2, 3])  # type: ignore[arg-type]
         with pytest.raises(RequestError, match=r"^sampling_params"):

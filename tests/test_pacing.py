@@ -149,6 +149,21 @@ def test_a_long_answer_does_not_shut_the_others_out() -> None:
         pytest.fail("the short one is not served while the long one runs")
 
 
+def test_what_is_there_before_the_first_step_does_not_all_begin_at_once() -> None:
+    """Nothing is known of steps then; later on nobody would be sent back."""
+    machine, gaps = Machine(), Gaps()
+    config = EngineConfig(max_model_len=3000, target_itl_ms=TARGET_MS)
+    engine = Engine(machine, FakeTokenizer(), config, [gaps], clock=machine.clock)
+    for i in range(40):
+        engine.add_request(
+            str(i), [2] * 30, SamplingParams(max_tokens=200, ignore_eos=True, detokenize=False)
+        )
+    for _ in range(100):
+        engine.step()
+    assert engine.scheduler.num_waiting > 0
+    assert np.quantile(gaps.gaps, 0.9) < (TARGET_MS + 3.2) * 1e-3
+
+
 def test_what_matters_more_does_not_wait_for_what_fills_the_target() -> None:
     machine = Machine()
     config = EngineConfig(max_model_len=3000, target_itl_ms=TARGET_MS)

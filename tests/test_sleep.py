@@ -303,6 +303,7 @@ async def test_the_async_names() -> None:
         assert_alone(await final(llm.generate("abcabcabc", GREEDY)), ids("abcabcabc"), GREEDY)
         await llm.reset_prefix_cache()
         assert (await final(llm.generate("abcabcabc", GREEDY))).num_cached_tokens == 0
+        assert (await llm.load()).num_used_blocks == 0
         await llm.sleep(level=2)
         assert await llm.is_sleeping()
         with pytest.raises(RequestError, match="is_sleeping"):

@@ -536,11 +536,14 @@ cdef class Scheduler:
 
     cdef bint _keeps_target(self, Py_ssize_t newcomers, Py_ssize_t running):
         """Whether steps in which the first so many of the queue and of the running sequences decode leave
-        something for prompts. A target that the last of the newcomers alone exceeds is no reason to wait."""
+        something for prompts. A target that the last of the newcomers alone exceeds is no reason to wait.
+        Before the first step nothing is known of any, and one sequence begins."""
         cdef Py_ssize_t count = running + newcomers
         cdef double context, most
         if self.target_itl == 0.0 or count == 1:
             return True
+        if self.cost.num_steps == 0:
+            return False
         most = FOR_DECODES * self._reach()
         context = <double> (<Sequence> self._waiting[newcomers - 1]).tokens.size()
         if self.cost.predict(1.0, 1.0, context) > most:
