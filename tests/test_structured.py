@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -586,16 +587,21 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
+def processor_seconds() -> float:
+    """That this process has taken, and those that it has started and that have ended."""
+    return sum(os.times()[:4])
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_form_is_refused_and_the_engine_goes_on(name: str) -> None:
     """None is ignored, none ends or stops the process (serving anchors: a bad regex kills the server, deep
     nesting overflows the stack, a grammar fails open)."""
     engine = make()
-    started = time.monotonic()
+    before = processor_seconds()
     with pytest.raises(RequestError) as caught:
         engine.add_request("a", [2], SamplingParams(structured_outputs=form(**HOSTILE[name])))
     assert caught.value.field == "structured_outputs"
-    assert time.monotonic() - started < grammars.COMPILE_SECONDS * grammars._PATIENCE + 5
+    assert processor_seconds() - before < grammars.COMPILE_SECONDS + 5
     assert len(str(caught.value)) < 1000
     assert not engine.has_unfinished()
     engine.add_request("b", [2], PLAIN)
@@ -615,7 +621,9 @@ def test_a_hostile_form_is_refused_and_the_engine_goes_on(name: str) -> None:
 )
 def test_what_is_catastrophic_elsewhere_is_compiled(given: dict[str, Any]) -> None:
     made = form(**given)
+    before = processor_seconds()
     assert grammars.try_grammar(made.kind, made.text)
+    assert processor_seconds() - before < grammars.COMPILE_SECONDS
 
 
 def test_equal_grammars_are_compiled_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

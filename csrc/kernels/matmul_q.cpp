@@ -5,22 +5,23 @@
 // for weights in packed codes, c = code - zero, and activations in int8. A step is 16 columns, the group of
 // the activations; a weight group is one step or several.
 //
-// Numerics: the inner sum over k is an exact int32 (|sum| <= 16 * 255 * 127). t starts at +0 and takes one
-// fp32 FMA per step, the output's accumulator one FMA per group; minimums have an accumulator of their own,
-// added once at the end. An output's sequence of operations is thus the same for any number of rows, any tile
-// and any instruction set. Lanes never meet, so everything is written on native vectors: a column is kLanes
-// outputs.
+// Numerics: the inner sum over k is an exact int32 (|sum| <= 16 * 255 * 127). t begins with the product of
+// its first step and takes one fp32 FMA for each further one, the output's accumulator one FMA per group;
+// minimums have an accumulator of their own, added once at the end. An output's sequence of operations is
+// thus the same for any number of rows, any tile and any instruction set. Lanes never meet, so everything is
+// written on native vectors: a column is kLanes outputs.
 //
 // Two paths, same arithmetic:
 //   direct   where it pays (direct_rows): a tile unpacks the codes in registers as they stream by, and asks
 //            for those that come next
 //   panel    else: a panel is unpacked once into scratch (L1 or L2), then tiles of R rows run over it
 // Cost on AVX-512 VNNI per row, 16 outputs and 32 columns that share a scale: 8 vpdpbusd, 2 conversions, 3
-// FMAs or multiplications, and one more with minimums: at one of these (conversions apart) a cycle 73 % (67
-// %) of the peak of vpdpbusd. Loads per row: 2 starts and 8 activation quads and 2 scales, which are operands
-// of the instructions that use them (broadcasts of their own cost 5 %); per tile 8 lines and a scale. Live
-// vectors at 16 rows: 16 accumulators, 8 lines, 2 scales, 4 dot products. Where a group is several blocks t
-// is live as well, and a tile has 8 rows. With 16 ymm (AVX2) 4 rows: 4 accumulators, 4 t, 4 lines.
+// FMAs or multiplications, and one more with minimums: at one of these (conversions apart) a cycle 73 %, or
+// 67 %, of the peak of vpdpbusd. Loads per row: 2 starts and 8 activation quads and 2 scales, which are
+// operands of the instructions that use them (broadcasts of their own cost 5 %); per tile 8 lines and a
+// scale. Live vectors at 16 rows: 16 accumulators, 8 lines, 2 scales, 4 dot products. Where a group is
+// several blocks t is live as well, and a tile has 8 rows. With 16 ymm (AVX2) 4 rows: 4 accumulators, 4 t, 4
+// lines.
 #include "kernels/ops.h"
 #include "kernels/unpack.h"
 
@@ -32,8 +33,7 @@ static_assert(kStep == 16, "a step is four lines of four columns");
 
 constexpr int64_t kRowsAtOnce = kMatmulRowsAtOnce;  // rows whose starts and sums lie in scratch
 constexpr int64_t kAhead = 2048;                    // bytes of codes asked for ahead, in the direct path
-constexpr int kRowsALine =
-    4;  // and block of 32 columns, as many as leave time to ask for a line of a ReadAhead
+constexpr int kRowsALine = 4;  // of a tile, that leave time to ask for a line of a ReadAhead with each block
 
 // How many columns share a scale: a step, a block of 32, or several blocks.
 enum class Share { step, block, blocks };
@@ -212,8 +212,7 @@ struct Unpacked {
   FASTLLM_INLINE vf minimum(int64_t g) const { return v_load(mins + g * kPanel + part * kLanes); }
 };
 
-// ---- a tile of R rows
-// --------------------------------------------------------------------------------------
+// ---- a tile of R rows ------------------------------------------------------------------------------------
 
 struct Output {
   float* y;  // of the tile's first row and first output
