@@ -57,6 +57,7 @@ RSS_GROWTH_MAX_BYTES = 48 << 20
 IDLE_SECONDS = 3.0
 IDLE_SHARE_MAX = 0.01  # of one processor
 CHECKS, CANARIES, RESETS = 200, 60, 25  # over the whole run
+RETURNING_TOKENS = 80  # of a prompt whose blocks are evicted, and of those that evict them
 WORDS = (
     "the",
     "river",
@@ -329,6 +330,25 @@ class Soak:
         assert answers == self._expected
         self.counts["canaries"] += 1
 
+    async def comes_back(self, capacity: int) -> None:
+        """A prompt that has lost its blocks to others finds them in the file: the same answer, and tokens that
+        were restored. To be called when nothing else runs."""
+        pick = self.random
+        prompt = pick.choices(self._kept_ids, k=RETURNING_TOKENS)
+        params = SamplingParams(temperature=0.8, seed=13, max_tokens=8, logprobs=1)
+        answers, restored = [], []
+        for _ in range(2):
+            async for output in self.llm.generate({"prompt_token_ids": prompt}, params):
+                last = output
+            answers.append(fingerprint(last))
+            restored.append((await self.on_engine(Engine.load)).num_restored_tokens)
+            for _ in range(capacity // RETURNING_TOKENS + 1):
+                other = pick.choices(self._kept_ids, k=RETURNING_TOKENS)
+                async for _ in self.llm.generate({"prompt_token_ids": other}, SamplingParams(max_tokens=1)):
+                    pass
+        assert answers[0] == answers[1]
+        assert restored[1] > restored[0], "nothing came back from the file"
+
     async def compile(self) -> None:
         """Every form once, in peace: a grammar has three seconds, whatever else the machine does."""
         for form in FORMS:
@@ -394,9 +414,12 @@ async def run_soak(
         assert (load.num_running, load.num_waiting, load.num_used_blocks, load.kv_usage) == (0, 0, 0, 0.0), (
             load
         )
+        capacity = await run.on_engine(lambda engine: engine.pool.num_blocks)
+        if "kv_offload_bytes" in options:
+            block_size = await run.on_engine(lambda engine: engine.pool.block_size)
+            await run.comes_back(capacity * block_size)
         await llm.reset_prefix_cache()
         load = await run.on_engine(Engine.load)
-        capacity = await run.on_engine(lambda engine: engine.pool.num_blocks)
         assert (load.num_free_blocks, load.num_cached_blocks) == (capacity, 0), load
         tally.check()
         assert footprint() == footprint_warm, f"threads and files: {footprint_warm}, then {footprint()}"
@@ -412,8 +435,6 @@ async def run_soak(
     assert run.counts["canaries"] > 1
     if "speculative_config" in options:
         assert guesses > 0, "no guess was ever right"
-    if "kv_offload_bytes" in options:
-        assert restored > 0, "nothing came back from the file"
     done = ", ".join(f"{count} {name}" for name, count in sorted(run.counts.items()))
     return (
         f"{took:.0f} s, {users} users, {run.started} requests, {tally.aborted} ended early: {done}, "
