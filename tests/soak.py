@@ -331,8 +331,8 @@ class Soak:
         self.counts["canaries"] += 1
 
     async def comes_back(self, capacity: int) -> None:
-        """A prompt that has lost its blocks to others finds them in the file: the same answer, and tokens that
-        were restored. To be called when nothing else runs."""
+        """A prompt that has lost its blocks to others finds them in the file: the same answer, and restored
+        tokens. To be called when nothing else runs."""
         pick = self.random
         prompt = pick.choices(self._kept_ids, k=RETURNING_TOKENS)
         params = SamplingParams(temperature=0.8, seed=13, max_tokens=8, logprobs=1)

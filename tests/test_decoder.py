@@ -248,19 +248,39 @@ def test_any_arrangement_gives_the_same_bits(
                 done[s] += count
 
 
-def test_long_decode_split_between_threads(wide_file: Path) -> None:
-    """A decode long enough to be cut into pieces of tiles gives what one thread gives."""
-    tokens = tiny.tokens(1500)
+@pytest.fixture(scope="module", params=[None, 700], ids=["full", "sliding"])
+def long_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny.make_model("mistral", sliding_window=request.param, max_position_embeddings=2048)
+    return tiny.save_hf(model, tmp_path_factory.mktemp("long") / "model")
+
+
+@given(
+    st.sampled_from(("fp32", "fp16", "bf16", "int16", "int8")),
+    st.sampled_from((2, 3, 4, 8)),
+    st.lists(st.tuples(st.integers(100, 1500), st.integers(1, 20)), min_size=1, max_size=3),
+    strategies.seeds(),
+)
+def test_long_decodes_and_drafts_split_between_threads(
+    long_file: Path, kv: str, threads: int, shapes: list[tuple[int, int]], seed: int
+) -> None:
+    """A few queries behind a context long enough to be cut into pieces of tiles: what one thread gives."""
+    sequences = [tiny.tokens(known + queries, seed=seed + i) for i, (known, queries) in enumerate(shapes)]
     results = []
-    for threads in (1, 2, 4):
-        with executor(wide_file, threads=threads, max_model_len=2048, kv_cache_dtype="fp16") as made:
-            table = list(range(made.kv_capacity()))
-            made.run(step_batch([Chunk(tokens[:-1], 0, table)], 16))
-            _, logits = made.run(step_batch([Chunk(tokens[-1:], 1499, table)], 16), logits=True)
+    for used in (1, threads):
+        options: dict[str, Any] = {"kv_cache_dtype": kv, "max_model_len": 2048, "max_num_seqs": 3}
+        with executor(long_file, threads=used, **options) as made:
+            blocks = list(range(made.kv_capacity()))
+            tables = [[blocks.pop() for _ in range(-(-len(tokens) // 16))] for tokens in sequences]
+            drawn = list(zip(sequences, shapes, tables, strict=True))
+            made.run(step_batch([Chunk(tokens[:known], 0, table) for tokens, (known, _), table in drawn], 16))
+            last = [
+                Chunk(tokens[known:], known, table, range(queries))
+                for tokens, (known, queries), table in drawn
+            ]
+            _, logits = made.run(step_batch(last, 16), logits=True)
             assert logits is not None
             results.append(logits)
-    for logits in results[1:]:
-        np.testing.assert_array_equal(logits.view(np.int32), results[0].view(np.int32))
+    np.testing.assert_array_equal(results[1].view(np.int32), results[0].view(np.int32))
 
 
 @given(st.sampled_from((2, 3, 4, 6)), st.integers(32, 70), st.booleans(), strategies.seeds())

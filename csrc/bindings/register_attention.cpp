@@ -182,7 +182,7 @@ void run_task(const Kernels& kernels, const KvView& kv, const AttentionTask& tas
     kernels.attention_tiles(&kv, &task, tile, stop, partials.data() + (tile - begin) * tile_floats,
                             scratch.data());
   }
-  kernels.attention_merge(&kv, &task, end - begin, partials.data());
+  kernels.attention_merge(&kv, &task, end - begin, tile_floats, partials.data());
 }
 
 Floats paged_attention(const KvCache& cache, const py::object& q, const py::object& query_start,

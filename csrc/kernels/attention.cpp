@@ -493,20 +493,33 @@ void attention_tiles(const KvView* kv, const AttentionTask* task, int64_t tile_b
   }
 }
 
-void attention_merge(const KvView* kv, const AttentionTask* task, int64_t tiles, const float* partials) {
+void attention_merge(const KvView* kv, const AttentionTask* task, int64_t tiles, int64_t tile_floats,
+                     const float* partials) {
   const int64_t head_dim = kv->head_dim;
   const int64_t rows = static_cast<int64_t>(task->queries) * task->group;
   const int64_t record = attention_record_floats(head_dim);
-  for (int64_t row = 0; row < rows; ++row) {
-    float* o = output_of(task, head_dim, row);
-    clear(o, head_dim);
-    float maximum = -kInfinity, sum = 0.0f;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const float* from = partials + (tile * rows + row) * record;
-      const float* tile_o = from + 2;
-      merge_rows(1, head_dim, from, from + 1, &tile_o, &maximum, &sum, &o);
+  for (int64_t first = 0; first < rows; first += kAttentionTileRows) {
+    const int count = static_cast<int>(min_of(rows - first, kAttentionTileRows));
+    float maximums[kAttentionTileRows], sums[kAttentionTileRows];
+    float* out[kAttentionTileRows];
+    for (int r = 0; r < count; ++r) {
+      maximums[r] = -kInfinity;
+      sums[r] = 0.0f;
+      out[r] = output_of(task, head_dim, first + r);
+      clear(out[r], head_dim);
     }
-    finish(kv, o, sum);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      float tile_maximums[kAttentionTileRows], tile_sums[kAttentionTileRows];
+      const float* tile_out[kAttentionTileRows];
+      for (int r = 0; r < count; ++r) {
+        const float* from = partials + tile * tile_floats + (first + r) * record;
+        tile_maximums[r] = from[0];
+        tile_sums[r] = from[1];
+        tile_out[r] = from + 2;
+      }
+      merge_rows(count, head_dim, tile_maximums, tile_sums, tile_out, maximums, sums, out);
+    }
+    for (int r = 0; r < count; ++r) finish(kv, out[r], sums[r]);
   }
 }
 

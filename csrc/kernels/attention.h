@@ -50,7 +50,8 @@ void kv_write(const KvView* kv, const float* k, int64_t ldk, const float* v, int
 void attention(const KvView* kv, const AttentionTask* task, float* scratch);
 void attention_tiles(const KvView* kv, const AttentionTask* task, int64_t tile_begin, int64_t tile_end,
                      float* partials, float* scratch);
-void attention_merge(const KvView* kv, const AttentionTask* task, int64_t tiles, const float* partials);
+void attention_merge(const KvView* kv, const AttentionTask* task, int64_t tiles, int64_t tile_floats,
+                     const float* partials);
 
 }  // namespace fastllm::FASTLLM_ISA
 #endif

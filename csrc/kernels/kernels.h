@@ -153,8 +153,9 @@ struct AttentionTask {
 
 // Partial result of one tile for one query head: maximum, sum, output[head_dim]; see attention.cpp.
 // attention_tiles writes (tile_end - tile_begin) * queries * group records of (2 + head_dim) floats each,
-// ordered (tile, query, head); attention_merge folds them, ascending, into out. attention does both without
-// storing.
+// ordered (tile, query, head); attention_merge folds them, ascending, into out, for all of the queries or a run
+// of them: `partials` is their first record, `tile_floats` how far the next tile's is. attention does both
+// without storing.
 
 struct Kernels {
   const char* name;
@@ -203,7 +204,8 @@ struct Kernels {
   void (*attention)(const KvView* kv, const AttentionTask* task, float* scratch);
   void (*attention_tiles)(const KvView* kv, const AttentionTask* task, int64_t tile_begin, int64_t tile_end,
                           float* partials, float* scratch);
-  void (*attention_merge)(const KvView* kv, const AttentionTask* task, int64_t tiles, const float* partials);
+  void (*attention_merge)(const KvView* kv, const AttentionTask* task, int64_t tiles, int64_t tile_floats,
+                          const float* partials);
 
   // Sampler parts over one row of logits (n values).
   float (*max_value)(const float* x, int64_t n);

@@ -303,8 +303,8 @@ void Decoder::attend(const Worker& worker, const StepInput& in, std::int64_t lay
   worker.team.for_each(count, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const AttentionMerge& merge = merges[static_cast<std::size_t>(i)];
-      const AttentionTask task = task_of(merge.sequence, merge.kv_head, merge.query, 1);
-      kernels_.attention_merge(&kv, &task, merge.tiles, merge.partials);
+      const AttentionTask task = task_of(merge.sequence, merge.kv_head, merge.query, merge.queries);
+      kernels_.attention_merge(&kv, &task, merge.tiles, merge.tile_floats, merge.partials);
     }
   });
 }

@@ -7,7 +7,8 @@
 namespace fastllm {
 namespace {
 
-constexpr std::int64_t kTilesWorthSplitting = 4;  // a decode shorter than this stays with one thread
+constexpr std::int64_t kTilesWorthSplitting = 4;  // what is shorter stays with one thread
+constexpr std::int64_t kRowsInMerge = 6;          // queries of a group's heads, merged by one thread at a time
 constexpr std::int64_t kTokensWorthAPart = 16;    // fewer would spend their time on reading the weights
 constexpr std::int64_t kTokensThatLeaveTime = 8;  // products of fewer are bound by memory themselves
 constexpr std::int64_t kReadAheadBytes = std::int64_t{8} << 20;  // of a layer, at most
@@ -28,6 +29,11 @@ std::int64_t tiles_of(const StepInput& in, const AttentionItem& item) {
   return ceil_div(in.positions[item.query_begin] + item.queries, kKvTile);
 }
 
+std::int64_t cost_of_item(const StepInput& in, const AttentionItem& item) {
+  const std::int64_t tiles = item.tile_end != 0 ? item.tile_end - item.tile_begin : tiles_of(in, item);
+  return tiles * item.queries;
+}
+
 }  // namespace
 
 void StepPlan::make(const StepInput& in, const DecoderConfig& config, const KvView& kv, int threads) {
@@ -45,7 +51,7 @@ void StepPlan::make(const StepInput& in, const DecoderConfig& config, const KvVi
     part.logits_at = rows_of_logits_;
     rows_of_logits_ += std::min(part.head_rows.size(), part.rows_at_once);
     plan_attention(in, config, part);
-    if (parts_.size() == 1) split_decodes(in, config, part.threads.size());
+    if (parts_.size() == 1) split_items(in, config, part.threads.size());
     part.items.end = static_cast<std::int64_t>(items_.size());
     cut_items(in, part);
     plan_read_ahead(in, kv, part);
@@ -167,20 +173,20 @@ void StepPlan::plan_attention(const StepInput& in, const DecoderConfig& config, 
   }
 }
 
-// When there are too few items to keep the threads busy, long decodes are split between tiles; the fold is
-// the same either way.
-void StepPlan::split_decodes(const StepInput& in, const DecoderConfig& config, std::int64_t threads) {
+// When there are too few items to keep the threads busy, long ones, decodes and drafts, are split between
+// tiles; the fold is the same either way.
+void StepPlan::split_items(const StepInput& in, const DecoderConfig& config, std::int64_t threads) {
   const std::int64_t wanted = threads * 3;
   if (threads == 1 || static_cast<std::int64_t>(items_.size()) >= wanted) return;
   const std::int64_t group = config.num_heads / config.num_kv_heads;
-  std::int64_t total = 0;
-  for (const AttentionItem& item : items_) total += tiles_of(in, item);
-  const std::int64_t piece = std::max(kTilesWorthSplitting, ceil_div(total, wanted));
+  std::int64_t total = 0, records = 0;
+  for (const AttentionItem& item : items_) total += cost_of_item(in, item);
+  const std::int64_t share = ceil_div(total, wanted);
   std::vector<AttentionItem> split;
-  std::int64_t records = 0;
   for (const AttentionItem& item : items_) {
     const std::int64_t tiles = tiles_of(in, item);
-    if (item.queries > 1 || tiles <= piece) {
+    const std::int64_t piece = std::max(kTilesWorthSplitting, ceil_div(share, item.queries));
+    if (tiles <= piece) {
       split.push_back(item);
       continue;
     }
@@ -190,27 +196,27 @@ void StepPlan::split_decodes(const StepInput& in, const DecoderConfig& config, s
       some.tile_end = std::min(tile + piece, tiles);
       split.push_back(some);
     }
-    merges_.push_back({item.sequence, item.kv_head, item.query_begin, tiles, nullptr});
-    records += tiles * group;
+    records += tiles * item.queries * group;
   }
-  if (merges_.empty()) return;
+  if (records == 0) return;
   items_ = std::move(split);
   const std::int64_t record = 2 + config.head_dim;
   partials_.reserve(static_cast<std::size_t>(records * record) * sizeof(float));
-  // Pieces of one decode stand one behind the other, in the order of the merges.
+  const auto queries_at_once = static_cast<std::int32_t>(std::max<std::int64_t>(kRowsInMerge / group, 1));
   float* next = partials_.as<float>();
-  std::size_t at = 0;
-  for (AttentionMerge& merge : merges_) {
-    merge.partials = next;
-    while (items_[at].tile_end == 0) ++at;
-    for (; at < items_.size() && items_[at].tile_end != 0; ++at) {
-      items_[at].partials = next + items_[at].tile_begin * group * record;
-      if (items_[at].tile_end == merge.tiles) {
-        ++at;
-        break;
-      }
-    }
-    next += merge.tiles * group * record;
+  for (AttentionItem& item : items_) {
+    if (item.tile_end == 0) continue;
+    const std::int64_t tile_floats = item.queries * group * record;
+    item.partials = next;
+    next += (item.tile_end - item.tile_begin) * tile_floats;
+    const std::int64_t tiles = tiles_of(in, item);
+    if (item.tile_end != tiles) continue;
+    // Pieces of one item stand one behind the other, and so do their records.
+    const float* first = next - tiles * tile_floats;
+    for (std::int32_t i = 0; i < item.queries; i += queries_at_once)
+      merges_.push_back({item.sequence, item.kv_head, item.query_begin + i,
+                         std::min(queries_at_once, item.queries - i), tiles, tile_floats,
+                         first + i * group * record});
   }
 }
 
@@ -218,9 +224,7 @@ void StepPlan::split_decodes(const StepInput& in, const DecoderConfig& config, s
 // stream.
 void StepPlan::cut_items(const StepInput& in, Part& part) {
   const auto cost_of = [&](std::int64_t i) {
-    const AttentionItem& item = items_[static_cast<std::size_t>(i)];
-    const std::int64_t tiles = item.tile_end != 0 ? item.tile_end - item.tile_begin : tiles_of(in, item);
-    return tiles * item.queries;
+    return cost_of_item(in, items_[static_cast<std::size_t>(i)]);
   };
   const std::int64_t threads = part.threads.size();
   std::int64_t total = 0, before = 0;

@@ -27,9 +27,10 @@ struct AttentionItem {
   std::int64_t tile_begin, tile_end;
   float* partials;  // null: fold at once
 };
+// What the threads have folded of `queries` neighbouring ones: the first one's record of each tile.
 struct AttentionMerge {
-  std::int32_t sequence, kv_head, query;
-  std::int64_t tiles;
+  std::int32_t sequence, kv_head, query, queries;
+  std::int64_t tiles, tile_floats;
   const float* partials;
 };
 
@@ -117,7 +118,7 @@ class StepPlan {
   void set_parts(std::int64_t count, int threads);
   void split_rows(const StepInput& in, Part& part);
   void plan_attention(const StepInput& in, const DecoderConfig& config, Part& part);
-  void split_decodes(const StepInput& in, const DecoderConfig& config, std::int64_t threads);
+  void split_items(const StepInput& in, const DecoderConfig& config, std::int64_t threads);
   void cut_items(const StepInput& in, Part& part);
   void plan_read_ahead(const StepInput& in, const KvView& kv, Part& part);
   void plan_adapters(const StepInput& in, Part& part);
