@@ -183,9 +183,9 @@ def table(record: dict[str, Any]) -> str:
         "# What guessing tokens brings",
         "",
         f"Made by `bench/speculation.py`; {about['date']}, {about['processor']}, "
-        f"{record['threads']} threads, {record['model']['name']}. Answers of {record['tokens']} tokens, the same "
-        "with and without; seconds from the first token to the last one. A ratio is the median of the pairs "
-        "with its 95 % interval.",
+        f"{record['threads']} threads, {record['model']['name']}. Answers of {record['tokens']} tokens, the "
+        "same with and without; seconds from the first token to the last one. A ratio is the median of the "
+        "pairs with its 95 % interval.",
         "",
         "| text | pairs | tokens/s plain | guessing | ratio | goal | tokens a step | guesses right |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
