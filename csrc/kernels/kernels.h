@@ -153,9 +153,9 @@ struct AttentionTask {
 
 // Partial result of one tile for one query head: maximum, sum, output[head_dim]; see attention.cpp.
 // attention_tiles writes (tile_end - tile_begin) * queries * group records of (2 + head_dim) floats each,
-// ordered (tile, query, head); attention_merge folds them, ascending, into out, for all of the queries or a run
-// of them: `partials` is their first record, `tile_floats` how far the next tile's is. attention does both
-// without storing.
+// ordered (tile, query, head); attention_merge folds them, ascending, into out, for all of the queries or a
+// run of them: `partials` is their first record, `tile_floats` how far the next tile's is. attention does
+// both without storing.
 
 struct Kernels {
   const char* name;

@@ -8,8 +8,8 @@ namespace fastllm {
 namespace {
 
 constexpr std::int64_t kTilesWorthSplitting = 4;  // what is shorter stays with one thread
-constexpr std::int64_t kRowsInMerge = 6;          // queries of a group's heads, merged by one thread at a time
-constexpr std::int64_t kTokensWorthAPart = 16;    // fewer would spend their time on reading the weights
+constexpr std::int64_t kRowsInMerge = 6;        // queries of a group's heads, merged by one thread at a time
+constexpr std::int64_t kTokensWorthAPart = 16;  // fewer would spend their time on reading the weights
 constexpr std::int64_t kTokensThatLeaveTime = 8;  // products of fewer are bound by memory themselves
 constexpr std::int64_t kReadAheadBytes = std::int64_t{8} << 20;  // of a layer, at most
 constexpr std::int64_t kTokensInAdapterChunk = 16;
@@ -223,9 +223,7 @@ void StepPlan::split_items(const StepInput& in, const DecoderConfig& config, std
 // Most of the items, by their cost, to every thread in one stretch, as with products: what it reads is a
 // stream.
 void StepPlan::cut_items(const StepInput& in, Part& part) {
-  const auto cost_of = [&](std::int64_t i) {
-    return cost_of_item(in, items_[static_cast<std::size_t>(i)]);
-  };
+  const auto cost_of = [&](std::int64_t i) { return cost_of_item(in, items_[static_cast<std::size_t>(i)]); };
   const std::int64_t threads = part.threads.size();
   std::int64_t total = 0, before = 0;
   for (std::int64_t i = part.items.begin; i < part.items.end; ++i) total += cost_of(i);
