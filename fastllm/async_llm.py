@@ -117,6 +117,7 @@ class AsyncLLM:
     def _begin(self, engine: Engine, tokenizer: Tokenizer, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._max_num_seqs = engine.config.max_num_seqs
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._bells: _LoopBells = weakref.WeakKeyDictionary()
@@ -433,6 +434,16 @@ class AsyncLLM:
     def max_model_len(self) -> int:
         """Most tokens of a sequence, prompt included."""
         return self._max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most sequences that run at once; further ones wait."""
+        return self._max_num_seqs
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
 
     async def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: `encode`, `decode`, `apply_chat_template`."""

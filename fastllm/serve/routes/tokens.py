@@ -1,0 +1,70 @@
+"""/tokenize and /detokenize, with vLLM's fields."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from fastllm.errors import RequestError
+from fastllm.formats.tokenizer import Tokenizer
+from fastllm.prompts import render_chat
+from fastllm.serve.answers import JsonAnswer
+from fastllm.serve.errors import HTTPError
+from fastllm.serve.protocol.others import DetokenizeRequest, TokenizeRequest
+from fastllm.serve.routes.common import RESPONSES, begin, takes
+from fastllm.serve.state import ServerState
+
+router = APIRouter()
+
+
+@router.post("/tokenize", responses=RESPONSES, openapi_extra=takes(TokenizeRequest))
+async def tokenize(request: Request) -> Response:
+    """The token ids of a text or a conversation."""
+    state, _, body = await begin(request, TokenizeRequest)
+    if (body.prompt is None) == (body.messages is None):
+        raise HTTPError(400, "prompt or messages: one of them", param="prompt", code="invalid_value")
+    served, _ = state.models.find(body.model)
+    tokenizer = await served.llm.get_tokenizer()
+
+    async def work() -> dict[str, Any]:
+        ids = await asyncio.to_thread(_encode, state, tokenizer, body)
+        found = {"count": len(ids), "max_model_len": served.llm.max_model_len, "tokens": ids}
+        if body.return_token_strs:
+            found["token_strs"] = [tokenizer.token_bytes(id).decode("utf-8", "replace") for id in ids]
+        return found
+
+    return JsonAnswer(work(), state.config.limits.request_seconds)
+
+
+def _encode(state: ServerState, tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
+    if body.prompt is not None:
+        try:
+            return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        except RequestError as error:
+            raise RequestError("prompt", error.value, error.limit) from error
+    assert body.messages is not None
+    return render_chat(
+        tokenizer,
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt,
+        chat_template=state.config.chat_template,
+        chat_template_kwargs=body.chat_template_kwargs,
+        tools=body.tools,
+    )
+
+
+@router.post("/detokenize", responses=RESPONSES, openapi_extra=takes(DetokenizeRequest))
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    state, _, body = await begin(request, DetokenizeRequest)
+    served, _ = state.models.find(body.model)
+    tokenizer = await served.llm.get_tokenizer()
+
+    async def work() -> dict[str, Any]:
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return {"prompt": text}
+
+    return JsonAnswer(work(), state.config.limits.request_seconds)
