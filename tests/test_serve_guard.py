@@ -78,7 +78,10 @@ def test_every_route_but_the_open_ones_needs_a_key(server: Running) -> None:
                 assert response.status_code == 200, (method, route)
             else:
                 assert response.status_code == 401, (method, route)
-                assert response.json()["error"]["code"] == "invalid_api_key"
+                error = response.json()["error"]
+                if not route.startswith("/v1/messages"):  # Anthropic's shape has no codes
+                    assert error["code"] == "invalid_api_key"
+                assert error["type"] == "authentication_error"
                 assert response.headers["www-authenticate"] == "Bearer"
         assert client.get("/v1/nothing").status_code == 401
 
@@ -322,10 +325,12 @@ def test_two_hosts(server: Running) -> None:
 
 
 def test_connections_end_somewhere(server: Running) -> None:
-    held = [server.connect() for _ in range(25)]
+    held = [server.connect() for _ in range(40)]
     try:
-        for connection in held[20:]:
-            assert connection.recv(100).startswith(b"HTTP/1.1 503")
+        # Those that were accepted say nothing, and are told so after a second.
+        answers = [connection.recv(100)[9:12] for connection in held]
+        assert set(answers) == {b"503", b"408"}
+        assert answers.count(b"408") >= 10
     finally:
         for connection in held:
             connection.close()
