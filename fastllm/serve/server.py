@@ -16,12 +16,14 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
 
+from fastllm.errors import RequestError
 from fastllm.serve import logs
 from fastllm.serve.app import make_app
 from fastllm.serve.config import TLS_VERSIONS, ServeConfig
@@ -36,6 +38,9 @@ GRACE_SECONDS = 2.0  # that requests have to say their error once their engine i
 
 class Server(uvicorn.Server):
     """uvicorn, with signals and shutdown as drawn above."""
+
+    def _log_started_message(self, listeners: Any) -> None:
+        """`main_loop` says it."""
 
     def __init__(
         self, config: uvicorn.Config, state: ServerState, started: Callable[[Server], None] | None
@@ -72,6 +77,8 @@ class Server(uvicorn.Server):
         self._leaving.set()
 
     async def main_loop(self) -> None:
+        scheme = "http" if self.config.ssl is None else "https"
+        logger.info("listening on %s://%s:%d", scheme, self.config.host, self.port)
         if self._on_start is not None:
             self._on_start(self)
         ticking = asyncio.ensure_future(super().main_loop())  # the Date header, once a second
@@ -147,16 +154,43 @@ async def serve(config: ServeConfig, started: Callable[[Server], None] | None = 
     """
     models = Models(EngineLoader(config), config.limits.queued)
     state = ServerState(config, models)
+    sockets = bind(config.host, config.port)  # before the model is loaded: that takes longer
     try:
         if config.model is not None:
             name, *aliases = config.names
             source = Source(name, config.version, config.model, config.engine, config.loras, aliases)
             await models.load(source)
             models.activate(name, config.version)
-        await make_server(config, state, started).serve()
+        await make_server(config, state, started).serve(sockets)
     finally:
+        for item in sockets:
+            item.close()
         await models.close()
         await state.close()
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets of an address, which do not listen yet; all of the same port.
+
+    Raises:
+        RequestError: there is no such address, or it is taken.
+    """
+    found: list[socket.socket] = []
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(infos):
+            item = socket.socket(family, kind, protocol)
+            found.append(item)
+            item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                item.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            item.bind((address[0], port, *address[2:]))
+            port = item.getsockname()[1]
+    except OSError as error:
+        for item in found:
+            item.close()
+        raise RequestError("host and port", f"{host}:{port}", f"an address that is free ({error})") from error
+    return found
 
 
 def run(config: ServeConfig) -> None:
