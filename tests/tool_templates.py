@@ -1,5 +1,5 @@
 """Chat templates that do with tools what those of the model families do, by the same constructs,
-    and no more."""
+and no more."""
 
 from __future__ import annotations
 
