@@ -99,6 +99,15 @@ def test_what_a_template_writes_is_what_its_parser_reads(name: str) -> None:
     assert not [event for event in events if isinstance(event, Content)]
 
 
+def test_a_template_that_does_not_end_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr("fastllm.formats.template_budget.STEPS_MAX", 1000)
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *a, **k: (tried.append(1), render(*a, **k))[1])
+    assert detect("{% for i in range(9999) %}{{ i }}{% endfor %}{# but one #}") is None
+    assert len(tried) == 1
+
+
 def test_each_family_gets_what_it_wants() -> None:
     before = copy.deepcopy(CONVERSATION)
     hermes = render(HERMES, CONVERSATION)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from fastllm.errors import FastLLMError
+from fastllm.errors import FastLLMError, RequestError
 from fastllm.formats.chat_template import ChatTemplate
 
 NAME, KEY, VALUE = "probe_function", "probe_key", "probe_value"
@@ -49,13 +49,20 @@ def probe(source: str) -> TemplateTraits:
         template = ChatTemplate(source, origin=None)
     except FastLLMError:
         return TemplateTraits(None, False, "", False, *knows)
-    for as_text in (False, True):
-        for content in ("", None):
-            text = _render(template, as_text, content, SHORT_ID)
-            if text is not None:
-                short = _render(template, as_text, content, _LONG_ID) is None
-                return TemplateTraits(text, as_text, content, short, *knows)
+    try:
+        for as_text in (False, True):
+            for content in ("", None):
+                text = _render(template, as_text, content, SHORT_ID)
+                if text is not None:
+                    short = _render(template, as_text, content, _LONG_ID) is None
+                    return TemplateTraits(text, as_text, content, short, *knows)
+    except _StoppedError:
+        pass
     return TemplateTraits(None, False, "", False, *knows)
+
+
+class _StoppedError(Exception):
+    """The template tries what the sandbox forbids, or does not come to an end; it would do so again."""
 
 
 def _render(template: ChatTemplate, as_text: bool, content: str | None, call_id: str) -> str | None:
@@ -69,6 +76,8 @@ def _render(template: ChatTemplate, as_text: bool, content: str | None, call_id:
     ]
     try:
         text = template.render(messages, add_generation_prompt=False, special_tokens=_TOKENS)
-    except FastLLMError:
+    except RequestError as error:
+        if error.field == "chat_template":
+            raise _StoppedError from error
         return None
     return text if NAME in text and VALUE in text else None
