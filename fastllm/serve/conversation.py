@@ -224,6 +224,7 @@ class Answer:
                     "tools", "calls in a form", "neither allowed_token_ids nor ignore_eos with them"
                 )
             changes["structured_outputs"] = plan.structured_outputs
+            self.generation.form = "tools"  # where the schemas came from
         if not plan.skip_special_tokens:
             changes["skip_special_tokens"] = False
         return dataclasses.replace(params, **changes) if changes else params

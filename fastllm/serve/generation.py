@@ -83,11 +83,13 @@ class Generation:
         model: what the answer calls the model.
         served: the version that answers, once `outputs` has begun.
         usage: so far.
+        form: the field that asks for the answer's form.
     """
 
     def __init__(self, state: ServerState, call: Call, asked: Asked, prefix: str) -> None:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.usage = Usage()
+        self.form = asked.form
         self.served: Served
         self.model = ""
         self._state = state
@@ -128,7 +130,7 @@ class Generation:
                             self._note(index, output)
                             yield index, output
                 except RequestError as error:  # in the engine's words
-                    names = {"prompt_token_ids": asked.place, "structured_outputs": asked.form}
+                    names = {"prompt_token_ids": asked.place, "structured_outputs": self.form}
                     field = names.get(error.field) or error.field
                     raise RequestError(field, error.value, error.limit) from error
 
