@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ from fastllm import AsyncLLM, PoolingParams, RequestError, SamplingParams
 from fastllm.engine.engine import Engine
 from fastllm.engine.hooks import EngineHook
 from fastllm.errors import EngineDeadError
-from fastllm.serve.otlp import open_otlp
+from fastllm.serve.otlp import open_otlp, service_resource
 from fastllm.serve.tracing import FIRST_TOKEN_SECONDS, REQUEST_SECONDS, TOKEN_SECONDS, TracingHook
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -288,8 +291,34 @@ def test_a_refused_request_fails(traced: Traced) -> None:
     assert span.attributes is not None
     assert span.attributes["error.type"] == "RequestError"
     assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description is None
     assert traced.points(DURATION)[0].count == 1
     assert traced.hook._open == {}
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit()])
+def test_a_client_that_leaves_before_the_engine_has_it(traced: Traced, error: BaseException) -> None:
+    traced.hook.begin("a")
+    traced.hook.fail("a", error)
+    (span,) = traced.all()
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "abort"
+    assert span.status.status_code is StatusCode.UNSET
+
+
+def test_no_text_of_a_request_is_in_a_span(traced: Traced) -> None:
+    engine = traced.engine()
+    traced.hook.begin("a")
+    engine.add_request("a", [2, 3], answer(4, stop=["cab"], bad_words=["abc"]), prompt="a secret")
+    traced.hook.begin("b")
+    traced.hook.fail("b", RequestError("prompt", "a secret", "another one"))
+    run(engine)
+    for span in traced.all():
+        events = [dict(event.attributes or {}) for event in span.events]
+        shown = repr((span.name, dict(span.attributes or {}), events, span.status.description))
+        assert "secret" not in shown
+        assert "cab" not in shown
+        assert "abc" not in shown
 
 
 def test_what_the_engine_has_is_ended_by_the_engine(traced: Traced) -> None:
@@ -378,16 +407,47 @@ def test_a_missing_extra_is_named(module: str, package: str, extra: str) -> None
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_providers_for_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collector_gets_both() -> None:
+    """Over HTTP, to the paths of OTLP, at the latest when the providers are closed."""
+    got: list[tuple[str, str, int]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            got.append((self.path, self.headers["Content-Type"], len(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            providers = open_otlp(f"http://127.0.0.1:{server.server_port}")
+            hook = TracingHook("m", providers.traces, providers.metrics)
+            engine = make_engine(FakeExecutor(), [hook])
+            engine.add_request("a", [2, 3], answer(3))
+            run(engine)
+            providers.close()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert {path for path, _, _ in got} == {"/v1/traces", "/v1/metrics"}
+    assert all(kind == "application/x-protobuf" and size > 100 for _, kind, size in got)
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4318", "ftp://collector", "http://", ""])
+def test_an_endpoint_that_is_none(endpoint: str) -> None:
+    with pytest.raises(RequestError, match="endpoint"):
+        open_otlp(endpoint)
+
+
+def test_the_name_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
         monkeypatch.delenv(name, raising=False)
-    for endpoint in ("collector:4318", "ftp://collector", "http://"):
-        with pytest.raises(RequestError, match="endpoint"):
-            open_otlp(endpoint)
-    for given, seen in ((None, "fastllm"), ("mine", "mine")):
-        providers = open_otlp("http://127.0.0.1:9/", service_name=given)
-        assert providers.traces.resource.attributes["service.name"] == seen
-        assert TracingHook("m", providers.traces, providers.metrics)._tracer is not None
-        providers.traces.shutdown()  # without a collector the metrics' last export would be tried in vain
+    assert service_resource(None).attributes["service.name"] == "fastllm"
+    assert service_resource("mine").attributes["service.name"] == "mine"
     monkeypatch.setenv("OTEL_SERVICE_NAME", "named")
-    assert open_otlp("http://127.0.0.1:9").traces.resource.attributes["service.name"] == "named"
+    assert service_resource(None).attributes["service.name"] == "named"
+    assert service_resource("mine").attributes["service.name"] == "mine"

@@ -56,10 +56,16 @@ def open_otlp(endpoint: str | None = None, *, service_name: str | None = None) -
             raise RequestError("endpoint", endpoint, "a URL that begins with http:// or https://")
         base = endpoint.rstrip("/")
         traces, metrics = f"{base}/v1/traces", f"{base}/v1/metrics"
-    resource = Resource.create(None if service_name is None else {SERVICE_NAME: service_name})
-    if service_name is None and str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
-        resource = resource.merge(Resource({SERVICE_NAME: "fastllm"}))
+    resource = service_resource(service_name)
     spans = TracerProvider(resource=resource, shutdown_on_exit=False)
     spans.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(traces)))
     reader = PeriodicExportingMetricReader(OTLPMetricExporter(metrics))
     return OtlpProviders(spans, MeterProvider([reader], resource, shutdown_on_exit=False))
+
+
+def service_resource(service_name: str | None) -> Resource:
+    """Who exports: the SDK's resource, with that name; None: OTEL_SERVICE_NAME, or "fastllm"."""
+    resource = Resource.create(None if service_name is None else {SERVICE_NAME: service_name})
+    if service_name is None and str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: "fastllm"}))
+    return resource

@@ -25,6 +25,7 @@ Only starts and ends of requests are listened to, nothing of a step. A request c
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Mapping
@@ -42,12 +43,13 @@ try:
     from opentelemetry import trace
     from opentelemetry.context import Context
     from opentelemetry.metrics import MeterProvider
-    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider
+    from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
     raise missing("tracing", "opentelemetry-sdk", "otel") from error
 
 SCOPE = "fastllm"
+LEFT = (asyncio.CancelledError, GeneratorExit)  # what a handler is ended with when its client is gone
 OPERATIONS = ("chat", "text_completion", "embeddings", "generate_content")
 REQUEST_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 FIRST_TOKEN_SECONDS = (
@@ -183,10 +185,12 @@ class TracingHook(EngineHook):
             if request is None or request.arrived is not None:
                 return
             del self._open[request_id]
-        kind = type(error).__name__
+        # The message stays out: it may quote the request.
+        kind = "abort" if isinstance(error, LEFT) else type(error).__name__
         now = time.time_ns()
         request.span.set_attribute("error.type", kind)
-        request.span.set_status(Status(StatusCode.ERROR, str(error)))
+        if kind != "abort":
+            request.span.set_status(StatusCode.ERROR)
         request.span.end(now)
         self._request_seconds.record(
             (now - request.began) * 1e-9, {**self._labels(request), "error.type": kind}
