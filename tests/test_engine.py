@@ -812,7 +812,7 @@ def test_no_event_is_made_that_nobody_listens_to(monkeypatch: pytest.MonkeyPatch
 
     for name in (
         *("Queued", "Scheduled", "Step", "FirstToken", "Tokens", "Finished", "Preempted", "Aborted"),
-        *("BlocksStored", "BlocksRemoved", "CacheCleared"),
+        *("BlocksStored", "BlocksRemoved", "CacheCleared", "Started", "Generated"),
     ):
         monkeypatch.setattr(events, name, refuse)
 
@@ -898,6 +898,63 @@ def test_a_step_says_how_busy_the_engine_is() -> None:
     assert load.num_preemptions > 0
     assert load.num_prefix_queries == 10
     assert load.kv_usage == 0
+
+
+def test_an_engine_says_that_it_is_there_before_anything_else() -> None:
+    class First(EngineHook):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def _take(self, event: Any) -> None:
+            self.seen.append(event)
+
+        on_started = on_queued = _take
+
+    hook = First()
+    engine = make(FakeExecutor(num_blocks=7), [hook])
+    params = SamplingParams(max_tokens=3)
+    engine.add_request("a", [2, 3], params)
+    started, queued = hook.seen
+    assert (started.num_blocks, started.block_size, started.config) == (7, 4, engine.config)
+    assert queued.params is params
+    assert queued.adapter is None
+
+
+@given(st.lists(request_strategy, min_size=1, max_size=5), st.integers(5, 12), st.sampled_from([0, 4]))
+def test_what_a_step_has_brought_is_what_its_sequences_have(
+    requests: list[tuple[list[int], SamplingParams]], blocks: int, guesses: int
+) -> None:
+    """Generated against Tokens, of which it is the sum."""
+
+    class Both(EngineHook):
+        def __init__(self) -> None:
+            self.last: dict[tuple[str, int], float] = {}
+            self.count = self.steps = 0
+            self.intervals: list[float] = []
+
+        def on_tokens(self, event: events.Tokens) -> None:
+            key = (event.request_id, event.index)
+            if key in self.last:
+                self.intervals.append(event.time - self.last[key])
+            self.last[key] = event.time
+            self.count += event.count
+
+        def on_generated(self, event: events.Generated) -> None:
+            self.steps += 1
+            assert event.num_tokens == self.count
+            found = [seconds for seconds, count in event.intervals.items() for _ in range(count)]
+            assert sorted(found) == sorted(self.intervals)
+            self.count = 0
+            self.intervals = []
+
+    hook = Both()
+    executor = FakeExecutor(num_blocks=blocks)
+    engine = make(executor, [hook], max_num_batched_tokens=6, num_speculative_tokens=guesses)
+    for i, (prompt, params) in enumerate(requests):
+        engine.add_request(str(i), prompt, params)
+    run(engine)
+    assert hook.count == 0
+    assert 0 < hook.steps <= executor.num_steps
 
 
 def test_a_hook_that_fails_is_logged_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ import numbers
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,7 +30,7 @@ from fastllm.engine.completion import (
 )
 from fastllm.engine.constraints import Constraint, Constraints
 from fastllm.engine.drafter import Drafter, NgramDrafter
-from fastllm.engine.hooks import EngineHook, HookTable, emit
+from fastllm.engine.hooks import EngineHook, HookTable
 from fastllm.engine.interrupt import InterruptGuard
 from fastllm.engine.model_drafter import ModelDrafter
 from fastllm.engine.offload import Offload, check_options, open_offload
@@ -233,6 +233,11 @@ class Engine:
                 config.kv_offload_encrypted,
             )
             self.scheduler.offload = self._offload
+        if self._hooks.started:
+            pool = self.scheduler.pool
+            self._hooks.emit(
+                self._hooks.started, events.Started(self._clock(), config, pool.num_blocks, pool.block_size)
+            )
 
     # ---- requests ----------------------------------------------------------------------------------------
 
@@ -362,9 +367,14 @@ class Engine:
             self.scheduler.add(leader, arrival, followers)
             if self._hooks.queued:
                 event = events.Queued(
-                    arrival, request.request_id, len(request.prompt_token_ids), request.params.n
+                    arrival,
+                    request.request_id,
+                    len(request.prompt_token_ids),
+                    request.params.n,
+                    request.params,
+                    None if request.adapter is None else request.adapter.name,
                 )
-                emit(self._hooks.queued, event)
+                self._hooks.emit(self._hooks.queued, event)
 
     def _prefix_root(self, cache_salt: str | None, adapter: Adapter | None) -> bytes | None:
         """What a request's blocks are known by before their tokens; None: they are not shared."""
@@ -444,10 +454,14 @@ class Engine:
         request.num_running = 0
         self._close(request, self._clock())
         if self._hooks.aborted:
-            emit(
-                self._hooks.aborted,
-                events.Aborted(request.metrics.finished_time or 0.0, request.request_id, request.metrics),
+            event = events.Aborted(
+                request.metrics.finished_time or 0.0,
+                request.request_id,
+                request.metrics,
+                *self._occupancy(),
+                None if self._cause is None else type(self._cause).__name__,
             )
+            self._hooks.emit(self._hooks.aborted, event)
 
     def _close(self, request: Request | PoolingRequest, now: float) -> None:
         request.closed = True
@@ -455,6 +469,10 @@ class Engine:
         del self._requests[request.request_id]
         if request.adapter is not None:
             request.adapter.users -= 1
+
+    def _occupancy(self) -> tuple[int, int, int]:
+        """Sequences that run, that wait, and free blocks."""
+        return self.scheduler.num_running, self.scheduler.num_waiting, self.scheduler.pool.num_free
 
     # ---- steps -------------------------------------------------------------------------------------------
 
@@ -511,7 +529,7 @@ class Engine:
                 self._sweep()
             if self._hooks.step:
                 delivery = self._clock() - now
-                emit(
+                self._hooks.emit(
                     self._hooks.step,
                     events.Step(
                         now,
@@ -519,9 +537,7 @@ class Engine:
                         batch.num_prefill_tokens,
                         batch.num_tokens - batch.num_prefill_tokens,
                         batch.num_seqs,
-                        scheduler.num_running,
-                        scheduler.num_waiting,
-                        scheduler.pool.num_free,
+                        *self._occupancy(),
                         scheduler.pool.num_blocks,
                         delivery,
                         scheduler.pool.num_cached,
@@ -529,6 +545,10 @@ class Engine:
                         scheduler.num_prefix_hits,
                         scheduler.num_preemptions,
                         *self._offloaded(),
+                        scheduler.num_drafts,
+                        scheduler.num_draft_tokens,
+                        scheduler.num_accepted_tokens,
+                        scheduler.num_accepted_at if scheduler.drafter is not None else (),
                     ),
                 )
         except BaseException as error:  # tokens may be lost; going on would give wrong text
@@ -582,11 +602,11 @@ class Engine:
         noted, pool.events = pool.events, []
         for event in events.cache_events(noted or (), now, pool.block_size):
             if isinstance(event, events.BlocksStored):
-                emit(table.blocks_stored, event)
+                table.emit(table.blocks_stored, event)
             elif isinstance(event, events.BlocksRemoved):
-                emit(table.blocks_removed, event)
+                table.emit(table.blocks_removed, event)
             else:
-                emit(table.cache_cleared, event)
+                table.emit(table.cache_cleared, event)
 
     def _note_scheduled(self, now: float) -> None:
         """Metrics and events of the sequences that this step preempted or admitted."""
@@ -597,7 +617,7 @@ class Engine:
             request.metrics.num_preemptions += 1
             if self._hooks.preempted:
                 event = events.Preempted(now, sequence.request_id, sequence.index, sequence.num_tokens)
-                emit(self._hooks.preempted, event)
+                self._hooks.emit(self._hooks.preempted, event)
         for sequence in self.scheduler.admitted:
             if sequence.owner is None:
                 continue
@@ -607,14 +627,15 @@ class Engine:
                 request.metrics.num_cached_tokens = sequence.num_cached
             if self._hooks.scheduled:
                 resumed = sequence.num_preemptions > 0
-                emit(
+                self._hooks.emit(
                     self._hooks.scheduled,
                     events.Scheduled(now, sequence.request_id, sequence.index, resumed),
                 )
 
-    def _deliver(self, moved: Iterable[Sequence], result: StepResult, now: float) -> None:
+    def _deliver(self, moved: list[Sequence], result: StepResult, now: float) -> None:
         """Turn a step's tokens into outputs."""
         touched: dict[str, Request | PoolingRequest] = {}
+        num_tokens, intervals = self.scheduler.intervals(moved, now) if self._hooks.generated else (0, {})
         for sequence in moved:
             if sequence.owner is None:
                 continue
@@ -645,12 +666,15 @@ class Engine:
             if stop is not None:
                 self.scheduler.finish(sequence, stop)
                 self._guides.discard(sequence)
+                num_tokens -= sequence.num_output - completion.num_tokens  # what came after the stop string
             finish_reason = sequence.finish_reason
             if finish_reason is not None:
                 completion.close(finish_reason, sequence.stop_reason)
                 request.num_running -= 1
             self._note_tokens(request, sequence, completion.num_tokens - before, now)
         self._delivered = now
+        if num_tokens:
+            self._hooks.emit(self._hooks.generated, events.Generated(now, num_tokens, intervals))
         self._report(touched, now)
 
     def _report(self, touched: Mapping[str, Request | PoolingRequest], now: float) -> None:
@@ -663,8 +687,11 @@ class Engine:
                 self._ready.append(ending.output())
                 if self._hooks.finished:
                     reasons = tuple(item.finish_reason or "" for item in ending.completions)
-                    event = events.Finished(now, ending.request_id, reasons, ending.metrics)
-                    emit(self._hooks.finished, event)
+                    counts = tuple(item.num_tokens for item in ending.completions)
+                    event = events.Finished(
+                        now, ending.request_id, reasons, ending.metrics, counts, *self._occupancy()
+                    )
+                    self._hooks.emit(self._hooks.finished, event)
             elif ending.kind is not RequestOutputKind.FINAL_ONLY:
                 self._ready.append(ending.output())
 
@@ -694,10 +721,12 @@ class Engine:
         if metrics.first_token_time is None:
             metrics.first_token_time = now
             if self._hooks.first_token:
-                event = events.FirstToken(now, request.request_id, now - metrics.arrival_time)
-                emit(self._hooks.first_token, event)
+                event = events.FirstToken(
+                    now, request.request_id, now - metrics.arrival_time, metrics.num_cached_tokens
+                )
+                self._hooks.emit(self._hooks.first_token, event)
         if self._hooks.tokens:
-            emit(
+            self._hooks.emit(
                 self._hooks.tokens,
                 events.Tokens(now, request.request_id, sequence.index, count),
             )

@@ -2,6 +2,7 @@
 """C-level interface of the scheduler: what a serving framework written in Cython may `cimport`."""
 
 from libc.stdint cimport int32_t
+from libcpp.vector cimport vector
 
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.drafter cimport Drafter
@@ -31,6 +32,7 @@ cdef class Scheduler:
     cdef double _seconds  # that the step in flight took, once that is known
     cdef readonly StepCost cost
     cdef readonly Py_ssize_t num_drafts, num_draft_tokens, num_accepted_tokens
+    cdef vector[Py_ssize_t] _accepted_at  # num_accepted_tokens by place in the draft
 
     cdef list _running  # by deadline
     cdef list _waiting  # by deadline
@@ -43,6 +45,7 @@ cdef class Scheduler:
     cpdef int add(self, Sequence sequence, double now=*, list followers=*) except -1
     cpdef StepBatch schedule(self)
     cpdef list update(self, result)
+    cpdef tuple intervals(self, list moved, double now)
     cpdef int observe(self, double seconds) except -1
     cpdef int rollback(self) except -1
     cpdef int finish(self, Sequence sequence, stop_reason=*) except -1

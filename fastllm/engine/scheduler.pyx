@@ -126,7 +126,7 @@ Invariants (`check` recomputes every one of them)
         blocks holds (`Drafter.check`).
 """
 
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, NAN, isnan
 from libc.stdint cimport int32_t
 from libcpp.algorithm cimport binary_search
 
@@ -177,6 +177,8 @@ cdef class Scheduler:
         num_preemptions: sequences preempted so far.
         num_drafts, num_draft_tokens, num_accepted_tokens: drafts that were computed, their tokens, and those
             of them that were right.
+        num_accepted_at: the right ones by their place in the draft, as many counts as the longest run of
+            right ones so far was long.
     """
 
     def __init__(
@@ -223,6 +225,11 @@ cdef class Scheduler:
     def num_waiting(self):
         """Sequences that do not run: those in the queue, preempted ones included, and followers."""
         return len(self._waiting) + self._num_following
+
+    @property
+    def num_accepted_at(self):
+        """Drafted tokens that were right so far, by their place in the draft, tuple[int, ...]."""
+        return tuple(self._accepted_at)
 
     @property
     def running(self):
@@ -768,6 +775,7 @@ cdef class Scheduler:
         cdef Py_ssize_t first = sequence.first_row + sequence.num_prompt_rows
         cdef Py_ssize_t made = 0
         cdef Py_ssize_t right = 0
+        cdef Py_ssize_t place
         cdef int32_t token
         while made < sequence.num_new and reason == FINISH_NONE:
             token = tokens[first + made]
@@ -782,6 +790,10 @@ cdef class Scheduler:
                 break
             right += 1
         self.num_accepted_tokens += right
+        if <Py_ssize_t> self._accepted_at.size() < right:
+            self._accepted_at.resize(right)
+        for place in range(right):
+            self._accepted_at[place] += 1
         if made and self.drafter is not None:
             if drafted == 0:  # what might have been is held against what came
                 self.drafter.learn(sequence, 1, sequence.tokens.back() == sequence.guess)
@@ -807,6 +819,39 @@ cdef class Scheduler:
         if sequence.num_computed + sequence.num_scheduled == sequence.num_prompt:
             return FINISH_STOP
         return FINISH_NONE
+
+    cpdef tuple intervals(self, list moved, double now):
+        """How long sequences have waited for the tokens that they have now. Once after an update.
+
+        Args:
+            moved: what `update` returned.
+            now: when the tokens were known, in seconds.
+
+        Returns:
+            The number of new tokens, and a dict of how many sequences have waited how many seconds since
+            their tokens before (which for most is the same step). First tokens are in the number alone.
+        """
+        cdef Sequence sequence
+        cdef Py_ssize_t made = 0
+        cdef Py_ssize_t alike = 0
+        cdef double before = NAN
+        cdef dict found = {}
+        for item in moved:
+            sequence = <Sequence> item
+            if sequence.num_new == 0:
+                continue
+            made += sequence.num_new
+            if sequence.last_token_time == before:
+                alike += 1
+            elif not isnan(sequence.last_token_time):
+                if alike:
+                    found[now - before] = found.get(now - before, 0) + alike
+                before = sequence.last_token_time
+                alike = 1
+            sequence.last_token_time = now
+        if alike:
+            found[now - before] = found.get(now - before, 0) + alike
+        return made, found
 
     cpdef int observe(self, double seconds) except -1:
         """Say what the step in flight took to compute, before its update."""

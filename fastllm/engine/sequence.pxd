@@ -106,6 +106,8 @@ cdef class Sequence:
     cdef Py_ssize_t draft_room  # most tokens of the draft that is being made
     cdef double draft_chance  # that all of it is right
 
+    cdef double last_token_time  # seconds, for whoever asks for intervals; NaN before the first token
+
     # What the last update brought; valid until the next schedule.
     cdef readonly Py_ssize_t first_row  # of the rows of the step's result
     cdef readonly Py_ssize_t num_prompt_rows  # logprobs or hidden states of the prompt, the first of its rows

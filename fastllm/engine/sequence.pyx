@@ -6,6 +6,7 @@ A request with n > 1 is n sequences with one prompt. Everything that a step read
 that scheduling a sequence touches no Python object. Only the scheduler changes one after it was made.
 """
 
+from libc.math cimport NAN
 from libc.stdint cimport INT32_MAX, int32_t, uint32_t
 from libcpp.algorithm cimport sort, unique
 from libcpp.vector cimport vector
@@ -59,6 +60,7 @@ cdef class Sequence:
         self.guess = -1
         self.acceptance = FIRST_ACCEPTANCE
         self.hit_rate = -1.0
+        self.last_token_time = NAN
         self.root = root
         self.hashes = []
         self.followers = []
