@@ -30,7 +30,7 @@ def test_kubernetes() -> None:
     options = make_parser().parse_args(container["args"])
     assert pod["spec"]["terminationGracePeriodSeconds"] > options.drain_delay + options.drain_seconds
     app = make_app(ServerState(ServeConfig(model=None), Models(None, 0)))  # type: ignore[arg-type]
-    routes = app._app.openapi()["paths"]  # type: ignore[attr-defined]
+    routes = app.app._app.openapi()["paths"]  # type: ignore[attr-defined]
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert container[probe]["httpGet"]["path"] in routes
     (port,) = container["ports"]

@@ -66,7 +66,7 @@ def client(server: Running, keys: dict[str, str]) -> Iterator[httpx.Client]:
 
 
 def test_every_route_but_the_open_ones_needs_a_key(server: Running) -> None:
-    paths = server.server.config.app._app.openapi()["paths"]  # type: ignore[union-attr]
+    paths = server.server.config.app.app._app.openapi()["paths"]  # type: ignore[union-attr]
     asked = {(method.upper(), path) for path, item in paths.items() for method in item}
     asked.add(("GET", "/openapi.json"))
     assert ("POST", "/v1/chat/completions") in asked

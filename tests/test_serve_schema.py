@@ -39,7 +39,7 @@ def server(model: Path) -> Iterator[Running]:
 def operations() -> list[tuple[str, str]]:
     """Method and path of every route, from an app without models."""
     app = make_app(ServerState(ServeConfig(model=None), Models(None, 0)))  # type: ignore[arg-type]
-    paths = app._app.openapi()["paths"]  # type: ignore[attr-defined]
+    paths = app.app._app.openapi()["paths"]  # type: ignore[attr-defined]
     return sorted((method.upper(), path) for path, item in paths.items() for method in item)
 
 

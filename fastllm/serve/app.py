@@ -9,6 +9,7 @@ from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from fastllm import __version__
 from fastllm.serve.guard import App, Guard
+from fastllm.serve.metrics import MetricsMiddleware
 from fastllm.serve.protocol.chat import ChatRequest
 from fastllm.serve.protocol.completion import CompletionRequest
 from fastllm.serve.protocol.messages import CountRequest, MessagesRequest
@@ -80,4 +81,4 @@ def make_app(state: ServerState) -> App:
         routes.include_router(module.router)
     if state.config.page:
         routes.include_router(page.router)
-    return Guard(routes, state)
+    return MetricsMiddleware(Guard(routes, state), state.http_metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Call:
         status: of HTTP; 0 before there is one. 499: the client was gone.
         error_code: of the error, if there was one.
         prompt_digest: SHA-256 of the body, in hexadecimal; None where nobody wants it, as below.
+        trace: the headers that say which trace it belongs to.
         generates: whether a model was asked, so that the audit log has a line for it.
     """
 
@@ -46,6 +47,7 @@ class Call:
     finish_reasons: Sequence[str] = ()
     status: int = 0
     error_code: str | None = None
+    trace: Mapping[str, str] = field(default_factory=dict)
     prompt_digest: str | None = None
     generates: bool = False
     _answers: dict[tuple[int, int], Any] | None = None  # (prompt, choice) -> a hash under way

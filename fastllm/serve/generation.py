@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastllm.errors import RequestError
 from fastllm.formats.tokenizer import Tokenizer
@@ -26,6 +26,9 @@ from fastllm.serve.call import Call
 from fastllm.serve.errors import HTTPError
 from fastllm.serve.models import Served
 from fastllm.serve.state import ServerState
+
+if TYPE_CHECKING:
+    from fastllm.serve.tracing import TracingHook
 
 Render = Callable[[Tokenizer], Sequence[int]]
 """Makes the token ids of a prompt; called in a thread of its own."""
@@ -143,13 +146,19 @@ class Generation:
         ids: Sequence[int],
     ) -> AsyncGenerator[RequestOutput, None]:
         salt = self._state.cache_salt(self._call, self._asked.cache_salt)
-        return served.llm.generate(
+        request_id = f"{self.id}-{index}"
+        outputs = served.llm.generate(
             {"prompt_token_ids": ids, "cache_salt": salt},
             params,
-            f"{self.id}-{index}",
+            request_id,
             lora_request=lora,
             priority=self._asked.priority,
         )
+        if served.tracing is None:
+            return outputs
+        operation = "text_completion" if self.id.startswith("cmpl") else "chat"
+        served.tracing.begin(request_id, self._call.trace, operation=operation)
+        return _traced(outputs, served.tracing, request_id)
 
     def _note(self, prompt: int, output: RequestOutput) -> None:
         """Count, and keep what the audit log wants."""
@@ -168,6 +177,19 @@ class Generation:
             call.answered(prompt, choice.index, choice.text)
         call.generated_tokens = usage.generated
         call.finish_reasons = [self._reasons[key] for key in sorted(self._reasons)]
+
+
+async def _traced(
+    outputs: AsyncGenerator[RequestOutput, None], tracing: TracingHook, request_id: str
+) -> AsyncGenerator[RequestOutput, None]:
+    """The same outputs; the trace hears of an end that the engine does not tell it."""
+    try:
+        async with contextlib.aclosing(outputs) as items:
+            async for output in items:
+                yield output
+    except BaseException as error:
+        tracing.fail(request_id, error)
+        raise
 
 
 async def token_ids(

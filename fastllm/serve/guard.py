@@ -63,6 +63,11 @@ class Guard:
         request_id = given.decode() if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
         client = scope.get("client")
         call = Call(request_id, client[0] if client else "", scope["method"], scope["path"])
+        call.trace = {
+            name.decode(): value.decode("latin-1")
+            for name, value in scope["headers"]
+            if name in (b"traceparent", b"tracestate")
+        }
         scope[CALL] = call
         answer = _Answer(send, call, self._cross_origin(headers))
         self._state.began()

@@ -24,7 +24,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastllm.async_llm import AsyncLLM
 from fastllm.lora import LoRARequest
@@ -32,6 +32,9 @@ from fastllm.serve.admission import Seats
 from fastllm.serve.chat_format import ChatFormat
 from fastllm.serve.config import check_model_name
 from fastllm.serve.errors import HTTPError
+
+if TYPE_CHECKING:
+    from fastllm.serve.tracing import TracingHook
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +66,13 @@ class Loaded:
     Attributes:
         llm: the engine.
         chat: how the model is talked with.
+        tracing: that its requests are announced to, if anybody wants traces.
         on_close: to be called once the engine is closed.
     """
 
     llm: AsyncLLM
     chat: ChatFormat
+    tracing: TracingHook | None = None
     on_close: Callable[[], None] = lambda: None
 
 
@@ -83,6 +88,7 @@ class Served:
         llm: the engine.
         seats: of its queue.
         chat: how it is talked with.
+        tracing: that its requests are announced to, if anybody wants traces.
         created: seconds of the wall clock.
         leases: requests that use it.
         state: see the module.
@@ -94,6 +100,7 @@ class Served:
         self.llm = llm
         self.seats = Seats(llm.max_num_seqs, queued)
         self.chat = loaded.chat
+        self.tracing = loaded.tracing
         self.created = time.time()
         self.leases = 0
         self.state = "standby"
@@ -123,7 +130,7 @@ class Models:
         self._history: dict[str, list[Source]] = {}  # of a name, what was current, the newest last
         self._names: dict[str, tuple[str, str | None]] = {}  # what requests may say -> name, adapter
         self._loading: dict[tuple[str, str], Source] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastllm-models")
 
     # ---- for requests ------------------------------------------------------------------------------------
@@ -189,6 +196,8 @@ class Models:
             raise HTTPError(409, f"{source.name}: there is a version {source.version} already", code="exists")
         self._loading[place] = source
         try:
+            if place in self._closing:  # the same version, a moment ago
+                await asyncio.shield(self._closing[place])
             loop = asyncio.get_running_loop()
             loaded = await loop.run_in_executor(self._thread, self._load, source)
         finally:
@@ -279,7 +288,7 @@ class Models:
         self._versions.clear()
         self._current.clear()
         self._names.clear()
-        await asyncio.gather(*self._closing)
+        await asyncio.gather(*self._closing.values())
         self._thread.shutdown(wait=True)
 
     # ---- inside ------------------------------------------------------------------------------------------
@@ -294,9 +303,9 @@ class Models:
             return
         served.state = "closing"
         del self._versions[served.source.name][served.source.version]
-        task = asyncio.ensure_future(served.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        place = (served.source.name, served.source.version)
+        task = self._closing[place] = asyncio.ensure_future(served.close())
+        task.add_done_callback(lambda _: self._closing.pop(place))
 
     def _rename(self, source: Source) -> None:
         names = {said: entry for said, entry in self._names.items() if entry[0] != source.name}

@@ -31,6 +31,7 @@ from fastllm.serve.connection import connection_class
 from fastllm.serve.loader import EngineLoader
 from fastllm.serve.models import Models, Source
 from fastllm.serve.state import ServerState
+from fastllm.serve.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 2.0  # that requests have to say their error once their engine is closed
@@ -152,8 +153,9 @@ async def serve(config: ServeConfig, started: Callable[[Server], None] | None = 
     Raises:
         FastLLMError: the settings contradict each other, or the model cannot be loaded.
     """
-    models = Models(EngineLoader(config), config.limits.queued)
-    state = ServerState(config, models)
+    telemetry = Telemetry(config.otlp_endpoint)
+    models = Models(EngineLoader(config, telemetry), config.limits.queued)
+    state = ServerState(config, models, telemetry)
     sockets = bind(config.host, config.port)  # before the model is loaded: that takes longer
     try:
         if config.model is not None:

@@ -14,7 +14,9 @@ from fastllm.serve.admission import Admission
 from fastllm.serve.call import Call
 from fastllm.serve.config import ServeConfig, is_loopback
 from fastllm.serve.keys import KeyRing
+from fastllm.serve.metrics import HttpMetrics
 from fastllm.serve.models import Models
+from fastllm.serve.telemetry import Telemetry
 
 access = logging.getLogger("fastllm.access")
 
@@ -29,6 +31,7 @@ class ServerState:
         api_keys, admin_keys: who may call.
         models: in service.
         admission: rates and concurrency of keys.
+        telemetry: metrics and traces of the engines; `http_metrics`: of HTTP.
         leaving: whether the server is about to drain, and says so to /ready.
         draining: whether no new work is taken.
         running: HTTP requests under way; `idle` is set while there are none.
@@ -38,9 +41,11 @@ class ServerState:
         RequestError: a key file is wrong, or the address can be reached by others and there are no keys.
     """
 
-    def __init__(self, config: ServeConfig, models: Models) -> None:
+    def __init__(self, config: ServeConfig, models: Models, telemetry: Telemetry | None = None) -> None:
         self.config = config
         self.models = models
+        self.telemetry = telemetry or Telemetry()
+        self.http_metrics = HttpMetrics(self.telemetry.registry)
         self.api_keys = KeyRing.read(config.api_key_file, API_KEY)
         self.admin_keys = KeyRing.read(config.admin_key_file, ADMIN_KEY)
         if not is_loopback(config.host) and not self.api_keys:
@@ -92,3 +97,4 @@ class ServerState:
 
     async def close(self) -> None:
         """Once nothing runs any more."""
+        await asyncio.to_thread(self.telemetry.close)

@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from fastllm import __version__
 from fastllm.errors import EngineDeadError
 from fastllm.serve.errors import HTTPError
+from fastllm.serve.metrics import render
 from fastllm.serve.models import Served
 from fastllm.serve.routes.common import RESPONSES
 from fastllm.serve.state import ServerState
@@ -78,6 +79,15 @@ async def ready(request: Request) -> Response:
     except (asyncio.TimeoutError, EngineDeadError):
         raise HTTPError(503, "an engine does not answer", code="engine_dead") from None
     return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics", responses={401: RESPONSES[401]}, response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """For Prometheus; in OpenMetrics' form where that is accepted."""
+    state: ServerState = request.app.state.server
+    accept = request.headers.get("accept")
+    body, kind = await asyncio.to_thread(render, state.telemetry.registry, accept)
+    return Response(body, headers={"content-type": kind})
 
 
 @router.get("/version", responses={401: RESPONSES[401]})
