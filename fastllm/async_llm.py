@@ -57,6 +57,8 @@ class AsyncLLM:
         self,
         model: str | os.PathLike[str] = DEFAULT_MODEL,
         *,
+        key_file: str | os.PathLike[str] | None = None,
+        sha256: str | None = None,
         tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
@@ -67,7 +69,7 @@ class AsyncLLM:
         enable_prefix_caching: bool = True,
         kv_offload_bytes: int | None = None,
         kv_offload_dir: str | os.PathLike[str] | None = None,
-        kv_offload_encrypted: bool = False,
+        kv_offload_encrypted: bool | None = None,
         speculative_config: Mapping[str, Any] | None = None,
         target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
@@ -82,6 +84,8 @@ class AsyncLLM:
     ) -> None:
         options = ModelOptions(
             model=model,
+            key_file=key_file,
+            sha256=sha256,
             tokenizer=tokenizer,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,

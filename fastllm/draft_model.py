@@ -16,6 +16,7 @@ from fastllm.formats.source import resolve
 if TYPE_CHECKING:
     from fastllm.executor.cpu import CpuExecutor
     from fastllm.formats.checkpoint import Checkpoint
+    from fastllm.formats.keys import KeySource
     from fastllm.formats.tokenizer import Tokenizer
     from fastllm.models.spec import DecoderSpec
 
@@ -31,10 +32,12 @@ class DraftModel:
     Attributes:
         executor: has its weights; `CpuExecutor.allocate_kv` follows.
         max_model_len: positions that it has.
+        encrypted: whether its weights are encrypted on disk.
     """
 
     executor: CpuExecutor
     max_model_len: int
+    encrypted: bool = False
 
 
 def load_draft_model(
@@ -46,6 +49,7 @@ def load_draft_model(
     block_size: int,
     threads: int,
     progress: bool,
+    keys: KeySource | None = None,
     reopening: Callable[[Path, Checkpoint, DecoderSpec], Callable[[], AbstractContextManager[Checkpoint]]],
 ) -> DraftModel:
     """Read a draft model's weights.
@@ -57,6 +61,7 @@ def load_draft_model(
         block_size: tokens per block of the KV cache.
         threads: that compute; 0: all processors.
         progress: say on stderr what is being fetched.
+        keys: where the key of encrypted files is; None: in the environment.
         reopening: gives the way to open a checkpoint again, for waking from sleep.
 
     Raises:
@@ -74,7 +79,8 @@ def load_draft_model(
         path = resolve(reference, progress=progress)
     except RequestError as error:
         raise RequestError("speculative_config: model", error.value, error.limit) from error
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, keys) as checkpoint:
+        encrypted = checkpoint.encrypted
         own = spec_from_checkpoint(checkpoint)
         length = config.get("max_model_len", own.context_length)
         if length > own.context_length:
@@ -98,7 +104,7 @@ def load_draft_model(
         format_bytes(executor.weight_bytes),
         length,
     )
-    return DraftModel(executor, length)
+    return DraftModel(executor, length, encrypted)
 
 
 def check_vocabulary(

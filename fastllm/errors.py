@@ -101,3 +101,17 @@ class CapacityError(FastLLMError):
 
 class EngineDeadError(FastLLMError):
     """The engine stopped after an internal failure; the cause is chained."""
+
+
+class AuditError(FastLLMError):
+    """The audit log cannot take a line now, or is not what it should be.
+
+    Attributes:
+        file: path of the log.
+        reason: why.
+    """
+
+    def __init__(self, file: str, reason: str) -> None:
+        self.file = str(file)
+        self.reason = reason
+        super().__init__(f"{self.file}: {reason}")

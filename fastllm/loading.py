@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from fastllm.draft_model import DraftModel, load_draft_model
 from fastllm.engine.offload import check_options
 from fastllm.errors import CapacityError, ModelFileError, RequestError, UnsupportedModelError
+from fastllm.formats.digest import VerifiedModel, check_sha256
+from fastllm.formats.keys import KeySource
 from fastllm.formats.source import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class ModelOptions:
     """
 
     model: str | os.PathLike[str] = DEFAULT_MODEL
+    key_file: str | os.PathLike[str] | None = None
+    sha256: str | None = None
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
@@ -57,7 +61,7 @@ class ModelOptions:
     enable_prefix_caching: bool = True
     kv_offload_bytes: int | None = None
     kv_offload_dir: str | os.PathLike[str] | None = None
-    kv_offload_encrypted: bool = False
+    kv_offload_encrypted: bool | None = None
     speculative_config: Mapping[str, Any] | None = None
     target_itl_ms: float | None = None
     kv_cache_memory_bytes: int | None = None
@@ -72,6 +76,9 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)):
             raise RequestError("model", self.model, "a path or a model reference")
+        KeySource(self.key_file)  # the file itself is read when there is something to decrypt
+        if self.sha256 is not None:
+            check_sha256(self.sha256)
         if self.device == "cuda":
             raise UnsupportedModelError("device: there is no GPU executor yet; 'cpu' runs every model")
         _choice("device", self.device, ("cpu",))
@@ -80,9 +87,8 @@ class ModelOptions:
         _choice("block_size", self.block_size, BLOCK_SIZES)
         if not isinstance(self.enable_prefix_caching, bool):
             raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
-        check_options(
-            self.kv_offload_bytes, self.kv_offload_dir, self.kv_offload_encrypted, self.enable_prefix_caching
-        )
+        encrypted = False if self.kv_offload_encrypted is None else self.kv_offload_encrypted
+        check_options(self.kv_offload_bytes, self.kv_offload_dir, encrypted, self.enable_prefix_caching)
         _check_speculation(self.speculative_config)
         target = self.target_itl_ms
         real = isinstance(target, (int, float)) and not isinstance(target, bool)
@@ -146,7 +152,9 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
     from fastllm.models.registry import spec_from_checkpoint
 
     path = resolve(options.model, progress=options.progress)
-    with open_checkpoint(path) as checkpoint:
+    keys = KeySource(options.key_file)
+    verified = _verify(path, options.sha256, progress=options.progress)
+    with open_checkpoint(path, keys) as checkpoint:
         spec = spec_from_checkpoint(checkpoint)
         asked = options.max_model_len
         if asked is not None and asked > spec.context_length:
@@ -155,16 +163,23 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
             )
         tokenizer = _tokenizer(options, checkpoint)
         known = fingerprint(checkpoint, spec)
-        draft = _draft_model(options, spec, tokenizer)
+        draft = _draft_model(options, spec, tokenizer, keys)
         executors = [] if draft is None else [draft.executor]
         try:
-            executor = _executor(options, checkpoint, spec, _reopening(path, known), draft)
+            executor = _executor(
+                options, checkpoint, spec, _reopening(path, known, keys, options.sha256), draft
+            )
             executors.append(executor)
             if draft is not None:
                 draft.executor.allocate_kv(executor.kv_capacity())
+            if verified is not None:
+                verified.check_unchanged()
+            encrypted = _offload_encrypted(options, checkpoint, draft)
             identity = f"{known} {options.quantization} {options.kv_cache_dtype}"
             max_model_len = _max_model_len(options, spec, executor)
-            engine = _engine(options, spec, executor, tokenizer, max_model_len, identity, hooks, draft)
+            engine = _engine(
+                options, spec, executor, tokenizer, max_model_len, identity, hooks, draft, encrypted
+            )
         except BaseException:
             for item in executors:
                 item.close()
@@ -199,35 +214,65 @@ def fingerprint(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
     digest = hashlib.sha256(repr(sorted(spec.as_dict().items())).encode())
     for name, tensor in checkpoint.tensors.items():
         digest.update(f"\n{name} {tensor.dtype} {tensor.shape} ".encode())
-        digest.update(tensor.data[:_FINGERPRINT_BYTES].tobytes())
+        digest.update(tensor.beginning(_FINGERPRINT_BYTES).tobytes())
     return digest.hexdigest()
 
 
-def _reopening(path: Path, known: str) -> Callable[[], AbstractContextManager[Checkpoint]]:
-    """How the checkpoint is opened again; ModelFileError unless its fingerprint still is `known`."""
+def _verify(path: Path, sha256: str | None, *, progress: bool) -> VerifiedModel | None:
+    """Compares a model's digest before it is read; None: there is none to compare with."""
+    return None if sha256 is None else VerifiedModel(path, sha256, progress=progress)
+
+
+def _reopening(
+    path: Path, known: str, keys: KeySource, sha256: str | None = None
+) -> Callable[[], AbstractContextManager[Checkpoint]]:
+    """How the checkpoint is opened again; ModelFileError unless its fingerprint still is `known`, and its
+    digest `sha256`."""
 
     @contextlib.contextmanager
     def reopen() -> Iterator[Checkpoint]:
         from fastllm.formats.checkpoint import open_checkpoint
         from fastllm.models.registry import spec_from_checkpoint
 
-        with open_checkpoint(path) as checkpoint:
+        verified = _verify(path, sha256, progress=False)
+        with open_checkpoint(path, keys) as checkpoint:
             if fingerprint(checkpoint, spec_from_checkpoint(checkpoint)) != known:
                 raise ModelFileError(str(path), "not the model any more that the engine was made from")
             yield checkpoint
+            if verified is not None:
+                verified.check_unchanged()
 
     return reopen
 
 
-def read_tokenizer(reference: str | os.PathLike[str], *, progress: bool = True) -> Tokenizer:
-    """The tokenizer of a model reference; a directory needs no more than tokenizer.json."""
+def _offload_encrypted(options: ModelOptions, checkpoint: Checkpoint, draft: DraftModel | None) -> bool:
+    """Whether the KV cache's file is encrypted: as was asked, else as the model and its draft model are."""
+    asked = options.kv_offload_encrypted
+    model = checkpoint.encrypted or (draft is not None and draft.encrypted)
+    if asked is None:
+        return model and options.kv_offload_bytes is not None
+    if model and options.kv_offload_bytes is not None and not asked:
+        logger.warning(
+            "the model is encrypted at rest, and kv_offload_encrypted=False: the KV cache's is not"
+        )
+    return asked
+
+
+def read_tokenizer(
+    reference: str | os.PathLike[str], *, progress: bool = True, keys: KeySource | None = None
+) -> Tokenizer:
+    """The tokenizer of a model reference; a directory needs no more than tokenizer.json.
+
+    Args:
+        keys: where the key of encrypted files is; None: in the environment.
+    """
     from fastllm.formats.checkpoint import open_checkpoint
     from fastllm.formats.tokenizer import Tokenizer, load_tokenizer
 
     place = Path(reference)
     if place.is_dir() and (place / "tokenizer.json").exists():
-        return Tokenizer.from_directory(place)
-    with open_checkpoint(resolve(reference, progress=progress)) as checkpoint:
+        return Tokenizer.from_directory(place, keys)
+    with open_checkpoint(resolve(reference, progress=progress), keys) as checkpoint:
         return load_tokenizer(checkpoint)
 
 
@@ -242,7 +287,7 @@ def _tokenizer(options: ModelOptions, checkpoint: Checkpoint) -> Tokenizer:
     if not isinstance(given, (str, os.PathLike)):
         raise RequestError("tokenizer", given, "a Tokenizer, or a path or a model reference")
     try:
-        return read_tokenizer(given, progress=options.progress)
+        return read_tokenizer(given, progress=options.progress, keys=checkpoint.keys)
     except RequestError as error:  # of a reference: it speaks of a model
         raise RequestError("tokenizer", error.value, error.limit) from error
 
@@ -279,10 +324,13 @@ def _executor(
         max_num_seqs=options.max_num_seqs,
         threads=options.threads or 0,
         reopen=reopen,
+        keys=checkpoint.keys,
     )
 
 
-def _draft_model(options: ModelOptions, spec: DecoderSpec, tokenizer: Tokenizer) -> DraftModel | None:
+def _draft_model(
+    options: ModelOptions, spec: DecoderSpec, tokenizer: Tokenizer, keys: KeySource
+) -> DraftModel | None:
     config = options.speculative_config
     if config is None or config["method"] != "draft_model":
         return None
@@ -294,7 +342,8 @@ def _draft_model(options: ModelOptions, spec: DecoderSpec, tokenizer: Tokenizer)
         block_size=options.block_size,
         threads=options.threads or 0,
         progress=options.progress,
-        reopening=lambda path, checkpoint, own: _reopening(path, fingerprint(checkpoint, own)),
+        keys=keys,
+        reopening=lambda path, checkpoint, own: _reopening(path, fingerprint(checkpoint, own), keys),
     )
 
 
@@ -324,6 +373,7 @@ def _engine(
     identity: str,
     hooks: Sequence[EngineHook],
     draft: DraftModel | None,
+    kv_offload_encrypted: bool,
 ) -> Engine:
     from fastllm.engine.engine import Engine, EngineConfig
 
@@ -345,7 +395,7 @@ def _engine(
         max_loras=options.max_loras,
         kv_offload_bytes=options.kv_offload_bytes,
         kv_offload_dir=options.kv_offload_dir,
-        kv_offload_encrypted=options.kv_offload_encrypted,
+        kv_offload_encrypted=kv_offload_encrypted,
     )
     draft_executor = None if draft is None else draft.executor
     return Engine(executor, tokenizer, config, hooks, draft_executor=draft_executor)

@@ -1,7 +1,8 @@
-"""The command line: `python -m fastllm generate | chat | info | pull`.
+"""The command line: `python -m fastllm generate | chat | info | pull | encrypt | decrypt | keygen | audit`.
 
-Text goes to stdout and everything else to stderr, so that output can be piped. Exit status: 0; 2 for an error
-that fastllm explains, in one line; 130 after Ctrl-C; 141 where the reader of stdout went away.
+Text goes to stdout and everything else to stderr, so that output can be piped. Exit status: 0; 1 where a
+check (`audit verify`) found something; 2 for an error that fastllm explains, in one line; 130 after Ctrl-C;
+141 where the reader of stdout went away.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class _Version(argparse.Action):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; `command` in its result is the function to call."""
-    from fastllm.cli import chat, generate, info
+    from fastllm.cli import audit, chat, encryption, generate, info
 
     parser = argparse.ArgumentParser(
         prog="fastllm",
@@ -86,6 +86,10 @@ def make_parser() -> argparse.ArgumentParser:
         description="Describes a model, without loading its weights, and this machine.",
     )
     command.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=_MODEL_HELP)
+    _add_key_file(command)
+    command.add_argument(
+        "--sha256", action="store_true", help="print the digest of the model's files, and nothing else"
+    )
     command.set_defaults(command=info.info)
 
     command = commands.add_parser(
@@ -96,12 +100,28 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=_MODEL_HELP)
     command.set_defaults(command=info.pull)
+
+    encryption.add_commands(commands, common)
+    audit.add_commands(commands, common)
     return parser
+
+
+def _add_key_file(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help="the key of an encrypted model (default: in FASTLLM_MODEL_KEY, or in the file that "
+        "FASTLLM_MODEL_KEY_FILE names)",
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help=_MODEL_HELP)
+    _add_key_file(group)
+    group.add_argument(
+        "--sha256", metavar="DIGEST", help="refuse the model unless info --sha256 prints this of it"
+    )
     group.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is (default: the model)")
     group.add_argument(
         "--quantization",
@@ -172,6 +192,8 @@ def make_llm(options: argparse.Namespace) -> LLM:
 
     return LLM(
         options.model,
+        key_file=options.key_file,
+        sha256=options.sha256,
         tokenizer=options.tokenizer,
         quantization=options.quantization,
         kv_cache_dtype=options.kv_cache_dtype,

@@ -13,6 +13,8 @@ import numpy as np
 from fastllm import _core
 from fastllm.errors import RequestError, UnsupportedModelError
 from fastllm.executor.memory import available_memory, format_bytes
+from fastllm.formats.digest import model_sha256
+from fastllm.formats.keys import KeySource
 from fastllm.formats.source import resolve
 
 if TYPE_CHECKING:
@@ -34,7 +36,10 @@ def info(options: argparse.Namespace) -> int:
     from fastllm.formats.checkpoint import open_checkpoint
 
     path = resolve(options.model)
-    with open_checkpoint(path) as checkpoint:
+    if options.sha256:
+        print(model_sha256(path, progress=True))
+        return 0
+    with open_checkpoint(path, KeySource(options.key_file)) as checkpoint:
         facts = [("model", str(options.model)), ("path", str(path)), *_model(checkpoint)]
     facts += _machine()
     width = max(len(name) for name, _ in facts) + 2
@@ -47,7 +52,8 @@ def _model(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     from fastllm.formats.tokenizer import load_tokenizer
     from fastllm.models.registry import spec_from_checkpoint
 
-    yield "format", {"gguf": "GGUF", "hf": "safetensors"}[checkpoint.kind]
+    encrypted = ", encrypted" if checkpoint.encrypted else ""
+    yield "format", {"gguf": "GGUF", "hf": "safetensors"}[checkpoint.kind] + encrypted
     yield from _tensors(checkpoint)
     try:
         spec = spec_from_checkpoint(checkpoint)
@@ -69,7 +75,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     parameters = 0
     for tensor in checkpoint.tensors.values():
         count[tensor.dtype] = count.get(tensor.dtype, 0) + 1
-        size[tensor.dtype] = size.get(tensor.dtype, 0) + tensor.data.size
+        size[tensor.dtype] = size.get(tensor.dtype, 0) + tensor.nbytes
         parameters += math.prod(tensor.shape)
     yield "parameters", f"{parameters / 1e6:,.1f} million"
     yield "tensors", f"{sum(count.values())}, {format_bytes(sum(size.values()))}"
@@ -100,7 +106,7 @@ def _packed_bytes(checkpoint: Checkpoint, spec: DecoderSpec) -> int:
             continue
         rows, cols = shape
         if (dtype, cols) not in panels:
-            zeros = np.zeros(entry.tensor.data.size // rows * _PANEL_ROWS, np.uint8)
+            zeros = np.zeros(entry.tensor.nbytes // rows * _PANEL_ROWS, np.uint8)
             panels[dtype, cols] = _core.PackedMatrix.from_ggml(dtype, zeros, _PANEL_ROWS, cols).nbytes
         total += panels[dtype, cols] * -(-rows // _PANEL_ROWS)
     return total

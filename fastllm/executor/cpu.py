@@ -28,6 +28,7 @@ from fastllm.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from fastllm.formats.checkpoint import Checkpoint
+    from fastllm.formats.keys import KeySource
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class CpuExecutor:
         max_num_seqs: sequences that may run at once.
         threads: 0 takes all processors that the process may use.
         reopen: opens the checkpoint again, for `wake` after `sleep(2)`; None: the weights stay loaded.
+        keys: where the key of encrypted adapters is; None: in the environment.
 
     Raises:
         RequestError: an argument out of its range.
@@ -105,6 +107,7 @@ class CpuExecutor:
         max_num_seqs: int = 64,
         threads: int = 0,
         reopen: Callable[[], AbstractContextManager[Checkpoint]] | None = None,
+        keys: KeySource | None = None,
     ) -> None:
         _choice("quantization", quantization, (None, *QUANTIZATIONS))
         _choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
@@ -128,6 +131,7 @@ class CpuExecutor:
         self._quantization = quantization
         self._kv_cache_dtype = kv_cache_dtype
         self._reopen = reopen
+        self._keys = keys
         self._level = 0  # of sleep
         self._load(checkpoint)
         self.kv_bytes_per_block = self._decoder.kv_bytes_per_block(block_size, kv_cache_dtype)
@@ -265,7 +269,7 @@ class CpuExecutor:
                     f"{weights}: reading it, 4 bytes for each of its own",
                     asked=asked, had=free, would_fit=free, unit="bytes",
                 )  # fmt: skip
-        read = read_adapter(path, self._spec, hf_names(self._checkpoint_kind, self._spec))
+        read = read_adapter(path, self._spec, hf_names(self._checkpoint_kind, self._spec), self._keys)
         matrices = _core.Adapter()
         for part in read.parts:
             matrices.set(
@@ -368,7 +372,9 @@ def _packed(
     def finished() -> tuple[str, int, _core.PackedMatrix]:
         entry, future = pending.pop(0)
         matrix = future.result()
-        checkpoint.release(entry.tensor.name)
+        # A fused tensor's other parts may still be being packed from the same memory.
+        if all(other.tensor.name != entry.tensor.name for other, _ in pending):
+            checkpoint.release(entry.tensor.name)
         return entry.slot, entry.layer, matrix
 
     with ThreadPoolExecutor(threads, thread_name_prefix="fastllm-pack") as workers:

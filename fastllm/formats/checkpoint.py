@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fastllm.errors import ModelFileError, RequestError
+
+if TYPE_CHECKING:
+    from fastllm.formats.keys import KeySource
 
 
 class Missing(Enum):
@@ -53,6 +56,67 @@ class CheckpointTensor:
     shape: tuple[int, ...]
     dtype: str
     data: npt.NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of `data`, which is not read for it."""
+        return self.data.size
+
+    def beginning(self, count: int) -> npt.NDArray[np.uint8]:
+        """The first `count` bytes of `data`, or all where it has fewer; the rest is not read."""
+        return self.data[:count]
+
+    def rows(self, first: int, count: int) -> CheckpointTensor:
+        """Rows [first, first + count) as a tensor of their own, on the same memory."""
+        row = self.nbytes // self.shape[0]
+        data = self.data[first * row : (first + count) * row]
+        return CheckpointTensor(self.name, (count, *self.shape[1:]), self.dtype, data)
+
+
+class DeferredTensor(CheckpointTensor):
+    """A tensor whose bytes are made when they are asked for, as those of an encrypted file are.
+
+    Args:
+        name, shape, dtype: as of `CheckpointTensor`.
+        view: gives count bytes from an offset, both in the file's terms.
+        offset, nbytes: where the data is.
+    """
+
+    __slots__ = ("_nbytes", "_offset", "_view")
+
+    _view: Callable[[int, int], npt.NDArray[np.uint8]]
+    _offset: int
+    _nbytes: int
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        view: Callable[[int, int], npt.NDArray[np.uint8]],
+        offset: int,
+        nbytes: int,
+    ) -> None:
+        for field, value in (("name", name), ("shape", shape), ("dtype", dtype), ("_view", view),
+                             ("_offset", offset), ("_nbytes", nbytes)):  # fmt: skip
+            object.__setattr__(self, field, value)  # of a frozen class
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        """uint8[nbytes], read-only."""
+        return self._view(self._offset, self._nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def beginning(self, count: int) -> npt.NDArray[np.uint8]:
+        return self._view(self._offset, min(count, self._nbytes))
+
+    def rows(self, first: int, count: int) -> CheckpointTensor:
+        row = self._nbytes // self.shape[0]
+        shape, offset = (count, *self.shape[1:]), self._offset + first * row
+        return DeferredTensor(self.name, shape, self.dtype, self._view, offset, count * row)
 
 
 class Fields(Mapping[str, Any]):
@@ -201,6 +265,7 @@ class Checkpoint(ABC):
         config: the GGUF metadata, or the parsed config.json.
         generation_config: the parsed generation_config.json; empty where there is none.
         tensors: name to tensor, in the order of the file. A lookup makes a view and reads nothing.
+        keys: where the key of encrypted files is, also for those that are read later (the tokenizer's).
     """
 
     kind: Literal["gguf", "hf"]
@@ -208,6 +273,12 @@ class Checkpoint(ABC):
     config: Fields
     generation_config: Fields
     tensors: Mapping[str, CheckpointTensor]
+    keys: KeySource
+
+    @property
+    @abstractmethod
+    def encrypted(self) -> bool:
+        """Whether weights are encrypted on disk."""
 
     @abstractmethod
     def release(self, name: str) -> None:
@@ -229,24 +300,28 @@ class Checkpoint(ABC):
         self.close()
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], keys: KeySource | None = None) -> Checkpoint:
     """Open a model that is on disk; `fastllm.formats.source.resolve` turns a reference into such a path.
 
     Args:
-        path: a GGUF file, or a directory with config.json and safetensors.
+        path: a GGUF file, or a directory with config.json and safetensors; any of the files may be encrypted
+            (`fastllm.formats.encryption`).
+        keys: where the key of encrypted files is; None: in the environment.
 
     Raises:
-        RequestError: there is nothing at `path`.
+        RequestError: there is nothing at `path`, or no key for what is encrypted.
         ModelFileError: the model is damaged.
         UnsupportedModelError: it is of a kind that fastllm does not read (pickled weights, split GGUF).
     """
     # Here, not above: both readers import this module.
     from fastllm.formats.gguf import GGUFCheckpoint
+    from fastllm.formats.keys import KeySource
     from fastllm.formats.safetensors import SafetensorsCheckpoint
 
     place = Path(path)
+    keys = KeySource() if keys is None else keys
     if place.is_dir():
-        return SafetensorsCheckpoint(place)
+        return SafetensorsCheckpoint(place, keys)
     if not place.exists():
         raise RequestError("model", str(path), "a .gguf file or a directory with config.json")
-    return GGUFCheckpoint(place)
+    return GGUFCheckpoint(place, keys)

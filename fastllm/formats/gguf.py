@@ -27,9 +27,10 @@ import numpy.typing as npt
 
 from fastllm.errors import UnsupportedModelError
 from fastllm.formats.checkpoint import Checkpoint, CheckpointTensor, Fields, printable
+from fastllm.formats.decrypted import open_mapped
 from fastllm.formats.ggml_types import BLOCK_SIZES, REMOVED_TYPES, GGMLType
 from fastllm.formats.gguf_values import MAX_KEY_BYTES, Cursor, StringArray
-from fastllm.formats.mapped import MappedFile
+from fastllm.formats.keys import KeySource
 
 __all__ = ["BLOCK_SIZES", "GGMLType", "GGUFCheckpoint", "GGUFFields", "GGUFFile", "StringArray", "TensorInfo"]
 
@@ -92,6 +93,7 @@ class GGUFFile:
 
     Attributes:
         path, version, alignment: as in the file.
+        encrypted: whether it is encrypted on disk.
         metadata: key to value, in the order of the file.
         infos: tensor name to `TensorInfo`, in the order of the file.
         data_offset: where the tensor data begins, bytes.
@@ -101,9 +103,10 @@ class GGUFFile:
         UnsupportedModelError: a tensor has a type whose size is not known.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], keys: KeySource | None = None) -> None:
         self.path = Path(path)
-        self._file = MappedFile(self.path)
+        self._file = open_mapped(self.path, keys)
+        self.encrypted = self._file.encrypted
         try:
             cursor = Cursor(self._file)
             self.version, tensor_count, key_count = _read_start(cursor)
@@ -120,6 +123,11 @@ class GGUFFile:
         """uint8[nbytes] over the mapped file, read-only. KeyError for a name that is not there."""
         info = self.infos[name]
         return self._file.view(info.offset, info.nbytes)
+
+    def tensor(self, name: str) -> CheckpointTensor:
+        """A tensor, whose data is not read for it. KeyError for a name that is not there."""
+        info = self.infos[name]
+        return self._file.tensor(name, info.shape, info.type.name, info.offset, info.nbytes)
 
     def release(self, name: str) -> None:
         """Drop the pages of a tensor from this process; reading it again still works."""
@@ -138,8 +146,7 @@ class _Tensors(Mapping[str, CheckpointTensor]):
         self._file = file
 
     def __getitem__(self, name: str) -> CheckpointTensor:
-        info = self._file.infos[name]
-        return CheckpointTensor(name, info.shape, info.type.name, self._file.data(name))
+        return self._file.tensor(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._file.infos
@@ -163,8 +170,9 @@ class GGUFCheckpoint(Checkpoint):
 
     kind = "gguf"
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.file = GGUFFile(path)
+    def __init__(self, path: str | os.PathLike[str], keys: KeySource | None = None) -> None:
+        self.keys = KeySource() if keys is None else keys
+        self.file = GGUFFile(path, self.keys)
         self.path = self.file.path
         self.config: GGUFFields = self.file.metadata
         self.generation_config = Fields(self.path, {})
@@ -179,6 +187,10 @@ class GGUFCheckpoint(Checkpoint):
             self.close()
             raise
 
+    @property
+    def encrypted(self) -> bool:
+        return self.file.encrypted
+
     def release(self, name: str) -> None:
         self.file.release(name)
 
@@ -189,7 +201,7 @@ class GGUFCheckpoint(Checkpoint):
 def _read_start(cursor: Cursor) -> tuple[int, int, int]:
     """Magic, version and the two counts."""
     begin = cursor.take(4, "the magic number")
-    magic = bytes(cursor.file.buffer[begin : begin + 4])
+    magic = cursor.file.read(begin, 4)
     if magic != b"GGUF":
         cursor.fail(f"not a GGUF file: it begins with {magic!r}", begin)
     version = cursor.u32("the version")

@@ -119,7 +119,7 @@ class Cursor:
         self.position = 0
         self.key: str | None = None
         self.tensor: str | None = None
-        self._buffer = memoryview(file.buffer)
+        self._buffer = file.beginning(0)
         self._nested = 0
 
     @property
@@ -142,13 +142,17 @@ class Cursor:
             self.fail(f"truncated: {what} takes {nbytes} bytes, {self.left} are left in the file", blame)
         start = self.position
         self.position += nbytes
+        if self.position > len(self._buffer):
+            self._buffer = self.file.beginning(self.position)
         return start
 
     def u32(self, what: str) -> int:
-        return int(_U32.unpack_from(self._buffer, self.take(4, what))[0])
+        start = self.take(4, what)  # may replace the buffer
+        return int(_U32.unpack_from(self._buffer, start)[0])
 
     def u64(self, what: str) -> int:
-        return int(_U64.unpack_from(self._buffer, self.take(8, what))[0])
+        start = self.take(8, what)
+        return int(_U64.unpack_from(self._buffer, start)[0])
 
     def raw_string(self, what: str, limit: int) -> bytes:
         start = self.position
@@ -223,18 +227,25 @@ class Cursor:
         # One step per string and no more: the only way along a chain of lengths. A position past the end
         # makes the next read fail, so only the last one is left to check.
         starts = array("q", [self.position])
-        buffer, unpack, append, position = self._buffer, _U64.unpack_from, starts.append, self.position
-        try:
-            for _ in range(count):
-                position += unpack(buffer, position)[0] + 8
-                append(position)
-        except (struct.error, OverflowError):
-            self._blame_string(starts)
+        unpack, append, position = _U64.unpack_from, starts.append, self.position
+        while len(starts) <= count:
+            buffer = self._buffer
+            try:
+                for _ in range(count + 1 - len(starts)):
+                    position += unpack(buffer, position)[0] + 8
+                    append(position)
+            except (struct.error, OverflowError):
+                # Past what is there, or only past what can be read so far.
+                if not len(buffer) < position + 8 <= self.file.size:
+                    self._blame_string(starts)
+                self._buffer = self.file.beginning(position + 8)
+        if len(self._buffer) < position <= self.file.size:
+            self._buffer = self.file.beginning(position)
         offsets = np.frombuffer(starts, np.int64)
         if position > self.file.size or (count and int(np.diff(offsets).max()) > MAX_STRING_BYTES + 8):
             self._blame_string(starts)
         self.position = position
-        return StringArray(buffer, offsets)
+        return StringArray(self._buffer, offsets)
 
     def _blame_string(self, starts: array[int]) -> NoReturn:
         """Find the element at fault in a chain of strings, and raise."""

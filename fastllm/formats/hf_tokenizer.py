@@ -11,6 +11,7 @@ names; the places that do count are renamed in the text, everything else is plai
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -21,12 +22,15 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
-from fastllm.errors import ModelFileError, RequestError, UnsupportedModelError
+from fastllm.errors import FastLLMError, ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.codec import ControlScope, byte_of_name, covers, from_byte_characters, looks_like_markup
+from fastllm.formats.encryption import decrypt_small, is_encrypted
+from fastllm.formats.keys import KeySource
 from fastllm.formats.vocabulary import END_TEXTS, listed_ends
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SPACE = "▁"
+_MAX_ENCRYPTED_BYTES = 1 << 30  # far more than any vocabulary; it is decrypted as one piece
 
 
 class HFCodec:
@@ -39,12 +43,15 @@ class HFCodec:
 
     chat_adds_bos = False  # these templates write it themselves
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], keys: KeySource | None = None) -> None:
         self._path = Path(path)
+        self._keys = KeySource() if keys is None else keys
         file = self._path / "tokenizer.json"
         try:
-            content = file.read_text(encoding="utf-8")
+            content = self._text(file)
             description = json.loads(content)
+        except FastLLMError:
+            raise
         except FileNotFoundError:
             raise ModelFileError(str(file), "is missing") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -81,10 +88,19 @@ class HFCodec:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
+    def _text(self, file: Path) -> str:
+        """The text of a file, decrypted if need be. Raises OSError and UnicodeDecodeError, too."""
+        if not is_encrypted(file):
+            return file.read_text(encoding="utf-8")
+        plain = decrypt_small(file, self._keys, _MAX_ENCRYPTED_BYTES)
+        return io.TextIOWrapper(io.BytesIO(plain), encoding="utf-8").read()
+
     def _json(self, name: str) -> dict[str, Any]:
         file = self._path / name
         try:
-            value = json.loads(file.read_text(encoding="utf-8"))
+            value = json.loads(self._text(file))
+        except FastLLMError:
+            raise
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
@@ -136,7 +152,9 @@ class HFCodec:
         for name, file in files.items():
             if file.is_file():
                 try:
-                    templates[name] = file.read_text(encoding="utf-8")
+                    templates[name] = self._text(file)
+                except FastLLMError:
+                    raise
                 except (OSError, ValueError) as error:
                     raise ModelFileError(str(file), str(error)) from error
         return templates

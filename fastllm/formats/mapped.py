@@ -7,6 +7,7 @@ replace model files by renaming, never by writing over them.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import stat
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastllm.errors import ModelFileError
+from fastllm.formats.checkpoint import CheckpointTensor
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -27,11 +29,13 @@ class MappedFile:
     Attributes:
         path: the file, as given.
         size: its length in bytes when it was opened.
-        buffer: the mapping; supports indexing, slicing (a copy) and the buffer protocol.
+        encrypted: whether it is encrypted on disk; then this is a `DecryptedFile`.
 
     Raises:
         ModelFileError: the file is missing, unreadable, empty, or not a regular file.
     """
+
+    encrypted = False
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -45,7 +49,7 @@ class MappedFile:
                 self.size = status.st_size
                 if self.size == 0:
                     raise ModelFileError(str(self.path), "the file is empty", offset=0)
-                self.buffer = mmap.mmap(fd, self.size, access=mmap.ACCESS_READ)
+                self._buffer = mmap.mmap(fd, self.size, access=mmap.ACCESS_READ)
             finally:
                 os.close(fd)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or cut short in between
@@ -60,7 +64,25 @@ class MappedFile:
             empty = np.empty(0, np.uint8)
             empty.flags.writeable = False
             return empty
-        return np.frombuffer(self.buffer, np.uint8, nbytes, offset)
+        return np.frombuffer(self._buffer, np.uint8, nbytes, offset)
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: str, offset: int, nbytes: int
+    ) -> CheckpointTensor:
+        """A tensor whose data is that range; nothing is read for it."""
+        return CheckpointTensor(name, shape, dtype, self.view(offset, nbytes))
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """A copy of a range."""
+        return self._buffer[offset : offset + nbytes]
+
+    def beginning(self, end: int) -> memoryview:
+        """The file from its first byte to `end` at least, or as far as it can be read at no cost."""
+        return memoryview(self._buffer)
+
+    def sha256(self) -> bytes:
+        """The digest of the whole file, decrypted if need be."""
+        return hashlib.sha256(self._buffer).digest()
 
     def release(self, offset: int, nbytes: int) -> None:
         """Drop the pages of a range from this process; a later read brings them back unchanged.
@@ -70,7 +92,7 @@ class MappedFile:
         if self._closed or nbytes == 0:
             return
         start = offset // _PAGE * _PAGE
-        self.buffer.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+        self._buffer.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
 
     def close(self) -> None:
         """Give the memory back. Views that are still held stay valid; the last one unmaps the file."""
@@ -79,4 +101,4 @@ class MappedFile:
         self.release(0, self.size)
         self._closed = True
         with suppress(BufferError):  # views are held
-            self.buffer.close()
+            self._buffer.close()

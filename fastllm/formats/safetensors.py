@@ -16,7 +16,6 @@ config.json names in `auto_map` is not looked at.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -27,6 +26,9 @@ from typing import Any
 
 from fastllm.errors import ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.checkpoint import Checkpoint, CheckpointTensor, Fields, printable
+from fastllm.formats.decrypted import open_mapped
+from fastllm.formats.encryption import MAGIC, decrypt_small
+from fastllm.formats.keys import KeySource
 from fastllm.formats.mapped import MappedFile
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -69,17 +71,17 @@ DTYPE_BITS: dict[str, int] = {
 }
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes.
+def read_json(path: Path, limit: int, keys: KeySource | None = None) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes, decrypted if need be.
 
     Raises:
         ModelFileError: the file is missing, too large, not UTF-8, not JSON, or not an object.
     """
-    return parse_json(path, read_small(path, limit))
+    return parse_json(path, read_small(path, limit, keys))
 
 
-def read_small(path: Path, limit: int) -> bytes:
-    """The bytes of a file, of which there may be `limit` at most.
+def read_small(path: Path, limit: int, keys: KeySource | None = None) -> bytes:
+    """The bytes of a file, decrypted if need be, of which there may be `limit` at most.
 
     Raises:
         ModelFileError: the file is missing, not a regular file, or too large.
@@ -91,6 +93,8 @@ def read_small(path: Path, limit: int) -> bytes:
             text = file.read(limit + 1)
     except OSError as error:
         raise ModelFileError(str(path), error.strerror or str(error)) from error
+    if text.startswith(MAGIC):
+        return decrypt_small(path, KeySource() if keys is None else keys, limit)
     if len(text) > limit:
         raise ModelFileError(str(path), f"larger than {limit} bytes")
     return text
@@ -103,15 +107,17 @@ class SafetensorsFile:
         path: the file.
         infos: tensor name to `TensorPlace`, in the order of the data.
         metadata: the strings under `__metadata__`.
+        encrypted: whether it is encrypted on disk.
 
     Raises:
         ModelFileError: the file is damaged.
         UnsupportedModelError: a tensor has an element type that is not known.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], keys: KeySource | None = None) -> None:
         self.path = Path(path)
-        self._file = MappedFile(self.path)
+        self._file = open_mapped(self.path, keys)
+        self.encrypted = self._file.encrypted
         try:
             self.metadata, self.infos = _read_header(self._file)
         except BaseException:
@@ -120,11 +126,11 @@ class SafetensorsFile:
 
     def tensor(self, name: str) -> CheckpointTensor:
         place = self.infos[name]
-        return CheckpointTensor(name, place.shape, place.dtype, self._file.view(place.offset, place.nbytes))
+        return self._file.tensor(name, place.shape, place.dtype, place.offset, place.nbytes)
 
     def sha256(self) -> bytes:
-        """The digest of the whole file."""
-        return hashlib.sha256(self._file.buffer).digest()
+        """The digest of the whole file, decrypted if need be."""
+        return self._file.sha256()
 
     def release(self, name: str) -> None:
         place = self.infos[name]
@@ -178,15 +184,16 @@ class SafetensorsCheckpoint(Checkpoint):
 
     kind = "hf"
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], keys: KeySource | None = None) -> None:
         self.path = Path(path)
+        self.keys = KeySource() if keys is None else keys
         config = self.path / "config.json"
         if not config.exists():
             raise RequestError("model", str(path), "a .gguf file or a directory with config.json")
-        self.config = Fields(config, read_json(config, MAX_CONFIG_BYTES))
+        self.config = Fields(config, read_json(config, MAX_CONFIG_BYTES, self.keys))
         generation = self.path / "generation_config.json"
         self.generation_config = Fields(
-            generation, read_json(generation, MAX_CONFIG_BYTES) if generation.exists() else {}
+            generation, read_json(generation, MAX_CONFIG_BYTES, self.keys) if generation.exists() else {}
         )
         self._files: list[SafetensorsFile] = []
         try:
@@ -196,6 +203,10 @@ class SafetensorsCheckpoint(Checkpoint):
             raise
         self.tensors = _Tensors(self._home)
 
+    @property
+    def encrypted(self) -> bool:
+        return any(file.encrypted for file in self._files)
+
     def release(self, name: str) -> None:
         self._home[name].release(name)
 
@@ -204,7 +215,7 @@ class SafetensorsCheckpoint(Checkpoint):
             file.close()
 
     def _open(self, path: Path) -> SafetensorsFile:
-        self._files.append(SafetensorsFile(path))
+        self._files.append(SafetensorsFile(path, self.keys))
         return self._files[-1]
 
     def _open_files(self) -> dict[str, SafetensorsFile]:
@@ -215,7 +226,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return dict.fromkeys(file.infos, file)
 
     def _open_shards(self, index: Path) -> dict[str, SafetensorsFile]:
-        weight_map = Fields(index, read_json(index, MAX_INDEX_BYTES)).section("weight_map")
+        weight_map = Fields(index, read_json(index, MAX_INDEX_BYTES, self.keys)).section("weight_map")
         if not weight_map:
             raise weight_map.error("weight_map", "lists no tensor")
         shards: dict[str, SafetensorsFile] = {}
@@ -295,7 +306,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, TensorPlac
     path = str(file.path)
     if file.size < 8:
         raise ModelFileError(path, f"truncated: {file.size} bytes are too few for a header", offset=0)
-    length = int.from_bytes(file.buffer[:8], "little")
+    length = int.from_bytes(file.read(0, 8), "little")
     if length > MAX_HEADER_BYTES:
         raise ModelFileError(path, f"a header of {length} bytes is longer than {MAX_HEADER_BYTES}", offset=0)
     if length > file.size - 8:
@@ -304,7 +315,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, str], dict[str, TensorPlac
             f"truncated: the header takes {length} bytes, {file.size - 8} are left in the file",
             offset=8,
         )
-    header = Fields(path, parse_json(file.path, file.buffer[8 : 8 + length], 8))
+    header = Fields(path, parse_json(file.path, file.read(8, length), 8))
     metadata = header.section("__metadata__", {})
     strings = {key: metadata.string(key) for key in metadata}
     places = [

@@ -20,6 +20,7 @@ from fastllm.formats.template_text import spans_of
 
 if TYPE_CHECKING:
     from fastllm.formats.checkpoint import Checkpoint
+    from fastllm.formats.keys import KeySource
 
 _TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -75,13 +76,18 @@ class Tokenizer:
         return cls(GGUFCodec(metadata, generation_config or {}, source), templates, source)
 
     @classmethod
-    def from_directory(cls, path: str | os.PathLike[str]) -> Tokenizer:
+    def from_directory(cls, path: str | os.PathLike[str], keys: KeySource | None = None) -> Tokenizer:
         """The tokenizer of a directory with a tokenizer.json (and the files that go with it).
+
+        Args:
+            path: the directory.
+            keys: where the key of encrypted files is; None: in the environment.
 
         Raises:
             ModelFileError, UnsupportedModelError
+            RequestError: there is no key for what is encrypted.
         """
-        codec = HFCodec(path)
+        codec = HFCodec(path, keys)
         return cls(codec, codec.chat_templates, os.fspath(path))
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
@@ -227,4 +233,4 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         return Tokenizer.from_gguf(
             checkpoint.config, checkpoint.generation_config, source=os.fspath(checkpoint.path)
         )
-    return Tokenizer.from_directory(checkpoint.path)
+    return Tokenizer.from_directory(checkpoint.path, checkpoint.keys)

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from fastllm.errors import ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.checkpoint import Fields, printable
+from fastllm.formats.keys import KeySource
 from fastllm.formats.safetensors import MAX_CONFIG_BYTES, SafetensorsFile, parse_json, read_small
 from fastllm.models.hyperparameters import HyperParameters
 from fastllm.models.loader import to_float32
@@ -141,16 +142,22 @@ def adapter_modules(spec: DecoderSpec, names: Mapping[str, str]) -> dict[str, _M
     return modules
 
 
-def read_adapter(path: str | os.PathLike[str], spec: DecoderSpec, names: Mapping[str, str]) -> LoraAdapter:
+def read_adapter(
+    path: str | os.PathLike[str],
+    spec: DecoderSpec,
+    names: Mapping[str, str],
+    keys: KeySource | None = None,
+) -> LoraAdapter:
     """Read an adapter for a decoder.
 
     Args:
         path: a directory in PEFT's layout.
         spec: the decoder that it is for.
         names: slot -> tensor name of the decoder's Hugging Face checkpoint.
+        keys: where the key of encrypted files is; None: in the environment.
 
     Raises:
-        RequestError: there is no such directory.
+        RequestError: there is no such directory, or no key for what is encrypted.
         ModelFileError: a file is missing or damaged; a tensor is missing, superfluous, not finite, or does
             not fit the decoder (with both shapes).
         UnsupportedModelError: pickled weights; something that the configuration asks for and that is not
@@ -160,7 +167,7 @@ def read_adapter(path: str | os.PathLike[str], spec: DecoderSpec, names: Mapping
     if not place.is_dir():
         raise RequestError("lora_path", str(path), f"a directory with {CONFIG_NAME} and {WEIGHTS_NAME}")
     modules = adapter_modules(spec, names)
-    config = _Config(place / CONFIG_NAME)
+    config = _Config(place / CONFIG_NAME, keys)
     weights = place / WEIGHTS_NAME
     if not weights.exists():
         if (place / PICKLED_NAME).exists():
@@ -169,7 +176,7 @@ def read_adapter(path: str | os.PathLike[str], spec: DecoderSpec, names: Mapping
                 f"convert them to {WEIGHTS_NAME}"
             )
         raise ModelFileError(str(weights), "there is no such file")
-    file = SafetensorsFile(weights)
+    file = SafetensorsFile(weights, keys)
     try:
         return _read(place, file, config, modules, sizes(spec), spec)
     finally:
@@ -261,8 +268,8 @@ def _values(file: SafetensorsFile, name: str) -> npt.NDArray[np.float32]:
 class _Config:
     """adapter_config.json, every field looked at."""
 
-    def __init__(self, path: Path) -> None:
-        self.text = read_small(path, MAX_CONFIG_BYTES)
+    def __init__(self, path: Path, keys: KeySource | None) -> None:
+        self.text = read_small(path, MAX_CONFIG_BYTES, keys)
         fields = Fields(path, parse_json(path, self.text))
         self._params = params = HyperParameters(fields)
         kind = params.string("peft_type")

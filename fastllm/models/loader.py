@@ -7,7 +7,6 @@ it is on disk; a fused projection is cut into its parts without a copy, since pa
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fastllm.errors import ModelFileError, UnsupportedModelError
+from fastllm.formats.checkpoint import CheckpointTensor
 from fastllm.models.slots import FUSED, NORM_WEIGHTS, Slot, decoder_slots, sizes
 from fastllm.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
-    from fastllm.formats.checkpoint import Checkpoint, CheckpointTensor
+    from fastllm.formats.checkpoint import Checkpoint
 
 _SHOWN = 8  # names listed in a message
 
@@ -85,8 +85,7 @@ def _iterate(
 ) -> Iterator[SlotTensor]:
     if spec.rope_factors:
         factors = np.asarray(spec.rope_factors, dtype=np.float32)
-        template = checkpoint.tensors[plans[0].name]
-        yield SlotTensor("rope_factors", -1, _float_tensor(template, "rope_factors", factors), None)
+        yield SlotTensor("rope_factors", -1, _float_tensor("rope_factors", factors), None)
     order = interleaved_row_order(spec.head_dim, spec.rotary_dim)
     for plan in plans:
         whole = checkpoint.tensors[plan.name]
@@ -95,11 +94,11 @@ def _iterate(
         row = 0
         for slot in plan.slots:
             rows = sizes(spec)[slot.shape[0]]
-            tensor = whole if len(plan.slots) == 1 else _rows(whole, row, rows)
+            tensor = whole if len(plan.slots) == 1 else whole.rows(row, rows)
             row += rows
             if slot.name in NORM_WEIGHTS and spec.tensors.norm_offset:
                 weight = to_float32(tensor) + np.float32(spec.tensors.norm_offset)
-                tensor = _float_tensor(tensor, tensor.name, weight)
+                tensor = _float_tensor(tensor.name, weight)
             row_order = None
             if spec.qk_row_order == "interleaved" and slot.name in _REORDERED:
                 heads = np.arange(rows // spec.head_dim, dtype=np.int32)[:, None] * np.int32(spec.head_dim)
@@ -194,22 +193,15 @@ def _check_shape(path: str, spec: DecoderSpec, plan: _Plan, tensor: CheckpointTe
         )
 
 
-def _rows(tensor: CheckpointTensor, first: int, count: int) -> CheckpointTensor:
-    """Rows [first, first + count) as a tensor of their own, on the same memory."""
-    row_bytes = tensor.data.size // tensor.shape[0]
-    data = tensor.data[first * row_bytes : (first + count) * row_bytes]
-    return dataclasses.replace(tensor, shape=(count, *tensor.shape[1:]), data=data)
-
-
 def _transposed(tensor: CheckpointTensor) -> CheckpointTensor:
     values = tensor.data.view(f"u{_FLOAT_BYTES[tensor.dtype]}").reshape(tensor.shape)
     data = np.ascontiguousarray(values.T).reshape(-1).view(np.uint8)
-    return dataclasses.replace(tensor, shape=tensor.shape[::-1], data=data)
+    return CheckpointTensor(tensor.name, tensor.shape[::-1], tensor.dtype, data)
 
 
-def _float_tensor(like: CheckpointTensor, name: str, values: npt.NDArray[np.float32]) -> CheckpointTensor:
+def _float_tensor(name: str, values: npt.NDArray[np.float32]) -> CheckpointTensor:
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return dataclasses.replace(like, name=name, shape=values.shape, dtype="F32", data=data)
+    return CheckpointTensor(name, values.shape, "F32", data)
 
 
 def _listed(names: list[str]) -> str:

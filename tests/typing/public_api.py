@@ -47,7 +47,7 @@ def generating(llm: LLM, params: SamplingParams) -> None:
     )
     assert_type(llm.chat([{"role": "user", "content": "Hello"}]), list[RequestOutput])
     assert_type(llm.stream("text", params), Iterator[RequestOutput])
-    with LLM("model.gguf", threads=2) as other:
+    with LLM("model.gguf", key_file="model.key", sha256="0" * 64, threads=2) as other:
         assert_type(other, LLM)
 
 
