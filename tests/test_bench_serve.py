@@ -21,11 +21,13 @@ from statistics import median
 from typing import Any
 
 import pytest
+import tiny
 from bench_server import Behaviour, Server, serving
 
 from fastllm.bench.__main__ import main
 from fastllm.bench.arrivals import arrival_times
 from fastllm.bench.rounds import read_record
+from fastllm.formats.tokenizer import Tokenizer
 
 LATE = 0.5  # seconds that a median may be late on a machine that others use
 
@@ -213,6 +215,22 @@ def test_prompts_have_the_wanted_length_by_the_servers_count(server: Server, run
     assert "at least 10" in runs.err
 
 
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_prompts_have_the_wanted_length_by_a_tokenizer(server: Server, runs: Runs, endpoint: str) -> None:
+    tiny.save_tokenizer(runs.folder)
+    tokenizer = Tokenizer.from_directory(runs.folder)
+    arguments = ["--requests", "6", "--prompt-tokens", "uniform:40:300", "--output-tokens", "1"]
+    arguments += ["--tokenizer", str(runs.folder), "--endpoint", endpoint]
+    server.behaviour.usage = False  # nobody else counts
+    assert runs.run(server.url, *arguments) == 0
+    for request, entry in measured(server, runs.round()):
+        text = entry.body["prompt"] if endpoint == "completions" else entry.body["messages"][0]["content"]
+        have = len(tokenizer.encode(text, add_special_tokens=False))
+        assert abs(have - request["wanted_prompt_tokens"]) <= 12  # the tokens of one word
+    assert any("not known" in note for note in runs.round()["notes"])
+    assert runs.run(server.url, *arguments[:-4], "--tokenizer", "/nowhere/at/all") == 2
+
+
 def test_rounds_ask_for_other_things_and_two_records_for_the_same(server: Server, runs: Runs) -> None:
     arguments = ["--requests", "3", "--output-tokens", "2", "--warmup", "2", "--append"]
     asked = {}
@@ -309,6 +327,8 @@ def test_a_fault_is_a_failed_request_and_the_others_go_on(server: Server, runs: 
     assert [request["index"] for request in failed] == [2, 3]
     assert all(detail is None or detail in request["detail"] for request in failed)
     assert f"error: {kind}" in runs.out
+    assert detail is None or detail in runs.out
+    assert "\x1b" not in runs.out + (runs.folder / "r.md").read_text()
 
 
 @pytest.mark.parametrize("fault", FAULTS)

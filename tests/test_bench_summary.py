@@ -27,6 +27,7 @@ from fastllm.bench.summary import meets, series, spread, summarize
 from fastllm.errors import RequestError
 
 Record = dict[str, Any]
+COMMAND = ["--header", "X-Key: secret", "--header=Y-Key: secret", "--out", "/a/b/c", "--out=/a/b/c"]
 
 
 def request(index: int, scheduled: float, *tokens: float, **more: Any) -> RequestRecord:
@@ -165,7 +166,7 @@ def make_record(rounds: int = 1, factor: float = 1.0, began: float = 0.0, **sett
             requests.append(one)
         found = Round(0.0, began + 10 * number, 2.0, requests, cpu_seconds=0.1, lags=[0.001])
         server = Server("a|model\x1b<b>", {"version": "1"})
-        made = make_round(found, options, server, number, ["--header", "X-Key: secret", "--out", "/a/b/c"])
+        made = make_round(found, options, server, number, COMMAND)
         record["rounds"].append(made)
     return record
 

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "serve",
         help="put load on a server",
+        allow_abbrev=False,  # the record hides what follows --header, however it is written
         description="Puts load on a server and measures every token. Without a rate, from clients that each "
         "wait for their answer; with one, by requests at their times, whatever the server does.",
     )

@@ -18,7 +18,7 @@ from fastllm.errors import RequestError
 
 Record = dict[str, Any]
 
-# What may differ without making it another load. SLOs are only counted with.
+# What may differ without making it another load.
 _FREE = {"base_url", "model", "extra", "keep_alive", "timeout", "connect_timeout", "silence_timeout", "slo"}
 
 
@@ -54,7 +54,9 @@ def _latency(name: str, column: str) -> Callable[[dict[str, Any]], float | None]
     return read
 
 
-def _figures(settings: dict[str, Any]) -> dict[str, tuple[bool, Callable[[dict[str, Any]], float | None]]]:
+def _figures(
+    settings: dict[str, Any], same_slo: bool
+) -> dict[str, tuple[bool, Callable[[dict[str, Any]], float | None]]]:
     """Name -> whether more is better, and how a summary is read."""
     suffix = "" if settings["rate"] is None else "_scheduled"
     found: dict[str, tuple[bool, Callable[[dict[str, Any]], float | None]]] = {}
@@ -73,7 +75,8 @@ def _figures(settings: dict[str, Any]) -> dict[str, tuple[bool, Callable[[dict[s
         ("prompt_tokens_per_second", "prompt tokens per second"),
     ):
         found[title] = (True, lambda summary, name=name: float(summary[name]))  # type: ignore[misc]
-    found["goodput, requests per second"] = (True, _goodput)
+    if same_slo:
+        found["goodput, requests per second"] = (True, _goodput)
     return found
 
 
@@ -100,7 +103,8 @@ def compare(first: Record, second: Record) -> list[Ratio]:
     if not pairs:
         raise RequestError("compare", 0, "records with rounds")
     found = []
-    for name, (more_is_better, read) in _figures(first["settings"]).items():
+    same_slo = first["settings"]["slo"] == second["settings"]["slo"]
+    for name, (more_is_better, read) in _figures(first["settings"], same_slo).items():
         values = [(read(a), read(b)) for a, b in pairs]
         both = [(a, b) for a, b in values if a and b]  # of a zero there is no ratio
         if not both:

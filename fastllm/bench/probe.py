@@ -151,6 +151,10 @@ async def make_source(client: Client, options: ServeOptions, server: Server, see
         data = Dataset(Path(options.dataset), seed, options.output_tokens, chat=chat, shuffle=options.shuffle)
         first = data.make(0, WARM_UP)  # not one that counts
         await _ask(client, options, server, Work(first.prompt, 2), {})
+        if options.requests is not None and options.requests > data.count:
+            times = options.requests / data.count
+            note = f"The data set's {data.count} lines were asked {times:.1f} times each: "
+            server.notes.append(note + "a server that keeps prefixes knew them.")
         return data
     known = _tokenizer(options.tokenizer) if options.tokenizer else None
     counter = await _count(client, options, server, known, seed)

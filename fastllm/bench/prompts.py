@@ -172,6 +172,7 @@ class Dataset:
         self, path: Path, seed: int, output: Lengths | None, *, chat: bool = False, shuffle: bool = False
     ) -> None:
         self._lines = read_dataset(path, chat)
+        self.count = len(self._lines)
         self._output = output
         self._seed = seed
         self._order = np.arange(len(self._lines))

@@ -67,7 +67,7 @@ def figure_table(record: Record) -> Table:
         ["prompt, output tokens per request", _both(usual, "prompt_tokens_mean", "output_tokens_mean")]
     )
     prompt, cached = (sum(each[name] for each in summaries) for name in ("prompt_tokens", "cached_tokens"))
-    if cached:
+    if cached and prompt:
         rows.append(["prompt tokens from the server's cache", f"{cached / prompt:.1%}"])
     if "goodput" in summaries[0]:
         slo = ", ".join(f"{name}={limit:g}" for name, limit in summaries[0]["goodput"]["slo"].items())
@@ -75,10 +75,14 @@ def figure_table(record: Record) -> Table:
         shares = [each["goodput"]["share"] for each in summaries if each["goodput"]["share"] is not None]
         rows.append([f"goodput ({slo})", f"{good} requests per second, {_over(shares, '{:.1%}')} of all"])
     errors: dict[str, int] = {}
+    details: dict[str, str] = {}
     for each in summaries:
+        details = {**each["error_details"], **details}
         for name, count in each["errors"].items():
             errors[name] = errors.get(name, 0) + count
-    rows += [[f"error: {name}", f"{count:,}"] for name, count in errors.items()]
+    for name, count in errors.items():
+        said = f" ({printable(details[name])[:80]})" if name in details else ""
+        rows.append([f"error: {name}", f"{count:,}{said}"])
     generator = [each["generator"] for each in rounds]
     cost = [each["cpu_us_per_chunk"] for each in generator if each["cpu_us_per_chunk"] is not None]
     lag = [each["timer_lag_ms"]["p99"] for each in generator if each["timer_lag_ms"]]
@@ -197,7 +201,8 @@ def _plain(text: str) -> str:
 def _markdown_table(table: Table) -> list[str]:
     head, *rows = table
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    escaped = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
+    return lines + ["| " + " | ".join(row) + " |" for row in escaped]
 
 
 def columns(table: Table) -> list[str]:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shlex
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fastllm.bench.about import about
 from fastllm.bench.load import Round
 from fastllm.bench.options import ServeOptions
 from fastllm.bench.probe import Server
@@ -104,57 +102,6 @@ def notes(made: dict[str, Any], options: ServeOptions) -> list[str]:
             "latencies include that."
         )
     return found
-
-
-def about(arguments: Sequence[str]) -> dict[str, Any]:
-    """Command, machine and versions."""
-    return {
-        "command": " ".join(["python -m fastllm.bench serve", *_shown(arguments)]),
-        "system": platform.platform(),
-        "processor": processor(),
-        "processors": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("fastllm", "aiohttp")},
-        },
-    }
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def _shown(arguments: Sequence[str]) -> list[str]:
-    """Arguments as a record keeps them: of an absolute path the last part, of a header its name."""
-    found = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        option, equals, value = argument.partition("=")
-        if before == "--header":
-            argument = argument.partition(":")[0] + ": ..."
-        elif option == "--header" and equals:
-            argument = f"--header={value.partition(':')[0]}: ..."
-        elif os.path.isabs(argument):
-            argument = os.path.basename(argument)
-        elif option.startswith("--") and os.path.isabs(value):
-            argument = f"{option}={os.path.basename(value)}"
-        found.append(shlex.quote(argument))
-    return found
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def read_record(path: Path) -> Record:

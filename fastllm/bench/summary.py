@@ -113,6 +113,7 @@ def summarize(
         "requests": len(records),
         **{name: sum(record.status == name for record in records) for name in (OK, FAILED, UNFINISHED)},
         "errors": dict(Counter(record.error for record in records if record.error).most_common()),
+        "error_details": _details(records),
         "requests_per_second": len(done) / length,
         "output_tokens": output,
         "output_tokens_per_second": output / length,
@@ -136,6 +137,15 @@ def summarize(
         found["goodput"] = {"slo": dict(slo), "requests_per_second": good / length, "share": share}
     if spikes:
         found["phases"] = phases(records, spikes)
+    return found
+
+
+def _details(records: Records) -> dict[str, str]:
+    """Of each kind of error what the first said."""
+    found: dict[str, str] = {}
+    for record in records:
+        if record.error and record.detail:
+            found.setdefault(record.error, record.detail)
     return found
 
 
