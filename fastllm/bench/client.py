@@ -1,7 +1,7 @@
 """One request over HTTP, measured.
 
 aiohttp rather than httpx: with 64 streams of 25 tokens a second each, from a server that does nothing else,
-it took 45 us of the generator's processor time per token, httpx 127 us (medians of two turns each, event and
+it took 45 us of the generator's processor time per token, httpx 127 us (means of two turns each, event and
 JSON read). Times are taken when aiohttp hands over what arrived, before anything of it is read.
 """
 
