@@ -15,7 +15,8 @@ from typing import Any
 
 import report
 import roofline
-import svg
+
+from fastllm.bench import svg
 
 Record = dict[str, Any]
 Result = dict[str, Any]

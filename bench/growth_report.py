@@ -13,9 +13,9 @@ from statistics import median_low
 from typing import Any
 
 import roofline
-import svg
 from rows import Row
 
+from fastllm.bench import svg
 from fastllm.engine.profile import GROUPS, StepTimes
 
 Record = dict[str, Any]

@@ -15,7 +15,8 @@ from statistics import median
 from typing import Any
 
 from rows import ANCHOR_LIMITS, ANCHOR_SHARE
-from svg import AMBER, BLUE, FAINT, INK, RED, page
+
+from fastllm.bench.svg import AMBER, BLUE, FAINT, INK, RED, page
 
 PAIRS_LEAST = 15
 FASTLLM = "fastllm"

@@ -84,7 +84,13 @@ def test_metadata() -> None:
     assert requirements is not None
     base = {re.split(r"[<>=!~;\[ ]", line)[0] for line in requirements if "extra ==" not in line}
     assert base == {"numpy", "tokenizers", "jinja2", "llguidance", "safetensors", "tqdm"}
-    assert set(metadata.metadata("fastllm").get_all("Provides-Extra") or []) >= {"hub", "gpu", "test", "dev"}
+    assert set(metadata.metadata("fastllm").get_all("Provides-Extra") or []) >= {
+        "hub",
+        "bench",
+        "gpu",
+        "test",
+        "dev",
+    }
     assert metadata.metadata("fastllm")["License-Expression"] == "Apache-2.0"
 
 
@@ -179,7 +185,7 @@ def test_wheel_contents(wheel: Path) -> None:
         f"fastllm-{metadata.version('fastllm')}.dist-info",
     }
     assert not [name for name in names if name.endswith((".pyx", ".cpp", ".cxx", ".h", ".o", ".a", ".pyc"))]
-    assert not [name for name in names if re.match(r"fastllm/(csrc|tests|bench|docs)/", name)]
+    assert not [name for name in names if re.match(r"fastllm/(csrc|tests|docs)/", name)]
     assert len([name for name in names if name.endswith(".so")]) == len(COMPILED)
 
 

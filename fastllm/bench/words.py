@@ -1,0 +1,37 @@
+"""Short common English words, most of them one token in most vocabularies, for random prompts."""
+
+from __future__ import annotations
+
+_TEXT = (
+    "able about above across after again air all along also always among and animal answer any apple area "
+    "arm around ask away back ball bank base bear beat been before began behind best better between big "
+    "bird black blue board boat body bone book both box boy bread bring brother brown build burn busy but "
+    "buy call came can car care carry cat catch cause center change child city class clean clear close "
+    "cloud coast cold color come common cook corn cost count country course cover cross cut dance dark "
+    "day deep did door down draw dream dress drink drive dry each early earth east eat edge egg else end "
+    "enough even ever every eye face fact fall family far farm fast father feel feet few field fight fill "
+    "find fine fire first fish five floor fly follow food foot for forest form found four free fresh "
+    "friend from front fruit full game garden gave girl give glass gold gone good grass gray great green "
+    "ground group grow had half hand happy hard hat have head hear heart heat help here high hill his "
+    "hold home hope horse hot hour house how hundred ice idea inch iron island job join jump just keep "
+    "key kind king knew know lake land large last late laugh lead learn leave left leg less let letter "
+    "life light like line list listen little live long look lost loud love low machine made main make man "
+    "many map mark mean meat meet men metal middle might mile milk mind minute miss month moon more "
+    "morning most mother mountain mouth move much music must name near neck need never new next night "
+    "nine north nose note notice now number ocean off often oil old once one only open order other our "
+    "out over own page paint pair paper part pass past path pay people picture piece place plain plan "
+    "plane plant play point poor port possible pound power press pull push put question quick quiet rain "
+    "ran reach read ready real red rest rich ride right ring river road rock roll room root rope rose "
+    "round row rule run safe said sail salt same sand save saw say school sea season seat second seed "
+    "seem sell send sent set seven shape ship shoe shop short should shout show side sight silver simple "
+    "sing sister sit six size skin sky sleep slow small smell smile snow soft soil some song soon sound "
+    "south space speak spring square stand star start state stay step still stone stood stop store story "
+    "street strong such sugar summer sun sure swim table tail take talk tall teach team tell ten test "
+    "than that their them then there these they thin thing think third this those three tie time tiny "
+    "told took top town track trade train travel tree trip true try turn two under until use valley very "
+    "view village visit voice wait walk wall want war warm was wash watch water wave way wear weather "
+    "week weight well went were west wheel when where which while white who whole why wide wild will wind "
+    "window wing winter wire wish with woman wonder wood word work world write year yellow yes yet you "
+    "young "
+)
+WORDS = tuple(_TEXT.split())
