@@ -53,7 +53,7 @@ def make_round(
         "generator": {
             "cpu_seconds": found.cpu_seconds,
             "core": found.cpu_seconds / length,
-            "cpu_us_per_chunk": found.cpu_seconds / chunks * 1e6 if chunks else None,
+            "cpu_us_per_chunk": found.cpu_seconds / chunks * 1e6 if chunks and options.stream else None,
             "timer_lag_ms": spread(found.lags),
         },
         "series": series(records, found.seconds),
