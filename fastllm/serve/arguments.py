@@ -16,7 +16,7 @@ ENGINE = (
     *("quantization", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("kv_cache_memory_bytes", "kv_cache_tokens", "kv_cache_memory_share", "threads", "target_itl_ms"),
     *("enable_prefix_caching", "kv_offload_bytes", "kv_offload_dir", "kv_offload_encrypted", "max_loras"),
-    *("tokenizer", "speculative_config", "seed"),
+    *("tokenizer", "speculative_config", "seed", "key_file", "sha256"),
 )
 """Options that go to `AsyncLLM` by the same name."""
 
@@ -84,6 +84,8 @@ def _add_model(group: Any) -> None:
         help="an adapter, by its name",
     )
     group.add_argument("--tokenizer", metavar="MODEL", help="where the tokenizer is (default: the model)")
+    group.add_argument("--key-file", metavar="FILE", help="key of a model that is encrypted")
+    group.add_argument("--sha256", metavar="DIGEST", help="the model's digest, checked before it is read")
     group.add_argument("--chat-template", metavar="FILE", type=_text_of, help="instead of the model's")
     group.add_argument(
         "--tool-parser", metavar="NAME", help="format of tool calls (default: by the template)"
@@ -136,6 +138,13 @@ def _add_access(group: Any) -> None:
     group.add_argument("--allow-download", action="store_true", help="administrators may have models fetched")
     group.add_argument("--audit-log", type=Path, metavar="FILE")
     group.add_argument("--audit-key-file", type=Path, metavar="FILE", help="key of the log's hashes")
+    group.add_argument(
+        "--audit-fsync", dest="audit_fsync_seconds", type=float, default=1.0, metavar="SECONDS",
+        help="that a line may take to the disk (1); 0: each is there before the next",
+    )  # fmt: skip
+    group.add_argument(
+        "--audit-when-full", choices=("wait", "refuse"), default="wait", help="what requests do then (wait)"
+    )
 
 
 def _add_limits(group: Any) -> None:

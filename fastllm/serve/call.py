@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastllm.serve.audit import Reservation
 
 CALL = "fastllm.call"  # where it stands in the ASGI scope
 
@@ -27,7 +29,8 @@ class Call:
         finish_reasons: of the choices, in order.
         status: of HTTP; 0 before there is one. 499: the client was gone.
         error_code: of the error, if there was one.
-        prompt_digest: SHA-256 of the body, in hexadecimal; None where nobody wants it, as below.
+        body: what was sent; None where nobody wants it, as below.
+        place: in the audit log's queue, if there is a log.
         trace: the headers that say which trace it belongs to.
         generates: whether a model was asked, so that the audit log has a line for it.
     """
@@ -48,34 +51,31 @@ class Call:
     status: int = 0
     error_code: str | None = None
     trace: Mapping[str, str] = field(default_factory=dict)
-    prompt_digest: str | None = None
+    body: bytes | None = None
+    place: Reservation | None = None
     generates: bool = False
-    _answers: dict[tuple[int, int], Any] | None = None  # (prompt, choice) -> a hash under way
+    _answers: dict[tuple[int, int], list[str]] | None = None  # (prompt, choice) -> pieces of text
 
     @property
     def seconds(self) -> float:
         """Since it came."""
         return time.monotonic() - self.started
 
-    def digest(self, body: bytes) -> None:
-        """Hash what was asked, and what is going to be answered."""
-        self.prompt_digest = hashlib.sha256(body).hexdigest()
+    def keep(self, body: bytes) -> None:
+        """Keep what was asked, and what is going to be answered."""
+        self.body = body
         self._answers = {}
 
     def answered(self, prompt: int, choice: int, text: str) -> None:
         """A piece of a choice's text has come."""
         if self._answers is not None and text:
-            found = self._answers.setdefault((prompt, choice), hashlib.sha256())
-            found.update(text.encode("utf-8", "surrogatepass"))
+            self._answers.setdefault((prompt, choice), []).append(text)
 
     @property
-    def answer_digest(self) -> str | None:
-        """SHA-256 of the answer's text, of several over their digests in order; None where nobody wants it or
-        there was no answer."""
-        if not self._answers:
-            return None
-        digests = [self._answers[place].digest() for place in sorted(self._answers)]
-        return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+    def answers(self) -> list[str]:
+        """The texts of the choices, in order, as far as they have come; none where nobody wants them."""
+        found = self._answers or {}
+        return ["".join(found[place]) for place in sorted(found)]
 
 
 def call_of(scope: Any) -> Call:

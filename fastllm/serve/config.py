@@ -90,6 +90,8 @@ class ServeConfig:
         model_roots: directories below which an administrator may load models.
         allow_download: whether an administrator may load references that are fetched.
         audit_log, audit_key_file: the audit log, and a key for its hashes.
+        audit_fsync_seconds: that a line of it may take to the disk; 0: it is there before the line counts.
+        audit_when_full: what happens to requests when it has no room: "wait" or "refuse".
         drain_seconds: that running requests have after SIGTERM.
         drain_delay: seconds after SIGTERM in which requests are still taken, while /ready already says no.
         page: whether / shows the page.
@@ -120,6 +122,8 @@ class ServeConfig:
     allow_download: bool = False
     audit_log: Path | None = None
     audit_key_file: Path | None = None
+    audit_fsync_seconds: float = 1.0
+    audit_when_full: str = "wait"
     drain_seconds: float = 30.0
     drain_delay: float = 0.0
     page: bool = True

@@ -38,6 +38,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_ROUTES = frozenset(("/health", "/ready"))
 PAGE_ROUTES = re.compile(r"/|/page/[a-z0-9_.-]+")
 ADMIN = "/admin/"
+READS = frozenset(("GET", "HEAD", "OPTIONS"))  # methods that ask for nothing to be done
 CLIENT_GONE = 499  # in logs, as nginx has it
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -88,6 +89,8 @@ class Guard:
                 if self._state.draining and call.path not in OPEN_ROUTES:
                     raise HTTPError(503, "the server is shutting down", code="draining", retry_after=1)
                 body = await self._body(call, headers, receive)
+                if call.method not in READS:
+                    await self._state.note(call, body)
                 await self._app(scope, _replay(body, receive), answer.send)
             except (asyncio.CancelledError, Disconnected):
                 raise

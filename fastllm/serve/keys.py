@@ -16,14 +16,15 @@ import hmac
 import os
 import re
 import secrets
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastllm.errors import RequestError
+from fastllm.formats.keys import read_private
 
 SHORTEST = 16  # characters
+FILE_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
@@ -91,13 +92,13 @@ def make_key(name: str) -> tuple[str, str]:
 
 
 def _keys_of(file: Path) -> Iterable[Key]:
+    content = read_private(file, "key file", FILE_BYTES)
+    if len(content) > FILE_BYTES:
+        raise RequestError("key file", str(file), f"at most {FILE_BYTES} bytes")
     try:
-        with file.open(encoding="utf-8") as opened:
-            if stat.S_IMODE(os.fstat(opened.fileno()).st_mode) & 0o077:
-                raise RequestError("key file", str(file), "a file that its owner alone can read (chmod 600)")
-            lines = opened.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError("key file", str(file), f"a file of keys ({error})") from error
+        lines = content.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise RequestError("key file", str(file), "a file of text") from error
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue

@@ -19,6 +19,7 @@ from fastllm.serve.state import ServerState
 
 router = APIRouter()
 ENGINE_OPTIONS = frozenset(inspect.signature(AsyncLLM).parameters) - {"model", "hooks", "progress", "device"}
+OF_ONE_MODEL = ("sha256", "tokenizer")  # engine options of the first model that no other has
 PATH_OPTIONS = ("tokenizer",)  # engine options that are paths or references
 
 
@@ -41,7 +42,8 @@ async def load(request: Request) -> Response:
         raise HTTPError(400, f"{place}: no such option", param=place, code="unknown_parameter")
     for place, reference in _references(body):
         check_reference(state.config, place, reference)
-    engine = {**state.config.engine, **body.engine}
+    engine = {name: value for name, value in state.config.engine.items() if name not in OF_ONE_MODEL}
+    engine.update(body.engine)
     if body.sha256 is not None:
         engine["sha256"] = body.sha256
     source = Source(body.name, body.version, body.model, engine, body.loras, body.aliases)

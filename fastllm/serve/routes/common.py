@@ -27,8 +27,6 @@ async def begin(request: Request, kind: type[B]) -> tuple[ServerState, Call, B]:
     state: ServerState = request.app.state.server
     call = call_of(request.scope)
     raw = await request.body()
-    if state.hashes:
-        call.digest(raw)
     if len(raw) <= INLINE_BYTES:
         return state, call, read(kind, raw)
     return state, call, await asyncio.to_thread(read, kind, raw)
