@@ -118,6 +118,9 @@ def _add_engine(group: Any) -> None:
 def _add_network(group: Any) -> None:
     group.add_argument("--host", default="127.0.0.1", help="(127.0.0.1); another one needs API keys")
     group.add_argument("--port", type=int, default=8000, help="(8000); 0: any that is free")
+    group.add_argument(
+        "--port-file", type=Path, metavar="FILE", help="gets the port's number once it listens"
+    )
     group.add_argument("--ssl-certfile", dest="certfile", type=Path, metavar="FILE")
     group.add_argument("--ssl-keyfile", dest="keyfile", type=Path, metavar="FILE")
     group.add_argument("--ssl-keyfile-password", dest="key_password", metavar="TEXT")

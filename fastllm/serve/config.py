@@ -81,6 +81,7 @@ class ServeConfig:
             tells; "none": there is none.
         chat_template: jinja2 source instead of the model's.
         host, port: where it listens.
+        port_file: a file that gets the port's number once it listens; None: none does.
         api_key_file, admin_key_file: keys, one a line; see `keys.py`. Further ones come from the
             environment: FASTLLM_API_KEY, FASTLLM_ADMIN_KEY.
         allowed_hosts: values of the Host header, without port; empty: the loopback names where that is
@@ -110,6 +111,7 @@ class ServeConfig:
     chat_template: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    port_file: Path | None = None
     api_key_file: Path | None = None
     admin_key_file: Path | None = None
     allowed_hosts: Sequence[str] = ()

@@ -19,6 +19,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -80,6 +81,8 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         scheme = "http" if self.config.ssl is None else "https"
         logger.info("listening on %s://%s:%d", scheme, self.config.host, self.port)
+        if self.state.config.port_file is not None:
+            write_whole(self.state.config.port_file, str(self.port))
         if self._on_start is not None:
             self._on_start(self)
         ticking = asyncio.ensure_future(super().main_loop())  # the Date header, once a second
@@ -169,6 +172,13 @@ async def serve(config: ServeConfig, started: Callable[[Server], None] | None = 
             item.close()
         await models.close()
         await state.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there with all of its text, or not at all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
