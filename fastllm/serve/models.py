@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastllm.serve.tracing import TracingHook
 
 logger = logging.getLogger(__name__)
+HISTORY = 32  # versions of a name that `rollback` can go back through
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,9 @@ class Models:
         self._current[name] = served
         served.state = "current"
         self._rename(served.source)
-        self._history.setdefault(name, []).append(served.source)
+        history = self._history.setdefault(name, [])
+        history.append(served.source)
+        del history[:-HISTORY]
         if before is not None:
             self._retire(before, keep=keep)
         logger.info("%s: version %s is current", name, version)
