@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation_report
-import limits
+import peaks
 import machine
 import models
 import roofline
@@ -295,7 +295,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         record = continued(json.loads(file.read_text()), record)
     bench.measure(REFERENCE)  # not counted: what the answers have to be
     for number in range(options.rounds):
-        record["limits"].append(limits.measure(options.threads, record["machine"]["isa"], 0.05, 64))
+        record["limits"].append(peaks.measure(options.threads, record["machine"]["isa"], 0.05, 64))
         for case, row in zip(cases, record["rows"], strict=True):
             row["rounds"].append(bench.measure(case))
             seconds = row["rounds"][-1]["seconds"]

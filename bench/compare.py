@@ -28,7 +28,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import limits
+import peaks
 import machine
 import models
 import peers
@@ -155,7 +155,7 @@ def measure_row(
     trials = {program.name: Trial(row, program.settings(row), options.trial) for program in programs}
     for number in range(options.pairs):
         line = []
-        measured = limits.measure(options.threads, record["isa"], seconds=0.05, mebibytes=256)
+        measured = peaks.measure(options.threads, record["isa"], seconds=0.05, mebibytes=256)
         record["limits"].append({**where, "round": number, **measured})
         for program in programs:
             starts = row.kind in ("load", "memory")

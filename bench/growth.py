@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import growth_report
-import limits
+import peaks
 import machine
 import models
 import numpy as np
@@ -249,9 +249,9 @@ def run(options: argparse.Namespace) -> None:
         if axis:
             measure_axis(record, axis, options)
         for threads in counts:
-            found = limits.measure(threads, record["machine"]["isa"], 0.1)
+            found = peaks.measure(threads, record["machine"]["isa"], 0.1)
             known = record["limits"].get(str(threads), found)
-            record["limits"][str(threads)] = {**found, **limits.greater(known, found)}
+            record["limits"][str(threads)] = {**found, **peaks.greater(known, found)}
     save(record, options.out)
 
 

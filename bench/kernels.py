@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import limits
+import peaks
 import machine
 import numpy as np
 import numpy.typing as npt
@@ -196,7 +196,7 @@ def main() -> None:
 
     isa = _core.isa()
     counts = sorted({1, options.threads})
-    before = {threads: limits.measure(threads, isa, seconds=0.1) for threads in counts}
+    before = {threads: peaks.measure(threads, isa, seconds=0.1) for threads in counts}
     figures: list[Figures] = []
     if options.only != "attention":
         for kind in options.kinds.split(","):
@@ -205,8 +205,8 @@ def main() -> None:
         for heads in HEADS:
             for dtype in ("i16", "i8", "f16"):
                 figures += measure_attention(dtype, heads, options)
-    after = {threads: limits.measure(threads, isa, seconds=0.1) for threads in counts}
-    found = {threads: limits.greater(before[threads], after[threads]) for threads in counts}
+    after = {threads: peaks.measure(threads, isa, seconds=0.1) for threads in counts}
+    found = {threads: peaks.greater(before[threads], after[threads]) for threads in counts}
     for threads, limit in found.items():
         shown = f"int8 {limit['int8'] / 1e9:.0f}, fp32 {limit['fp32'] / 1e9:.0f} Gop/s"
         print(f"{threads} threads, {isa}: {shown}, reading {limit['read'] / 1e9:.1f} GB/s")

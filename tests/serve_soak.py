@@ -32,8 +32,8 @@ import tiny
 from fastllm.serve.audit_verify import verify
 
 KEY, ADMIN = "k" * 24, "a" * 24
-# Resident, after a quarter. Versions of a small model fill an area of 32 MiB one after the other, which goes when
-# the last of them does (csrc/core/memory.h): so much is no leak.
+# Resident, after a quarter. Versions of a small model fill an area of 32 MiB one after the other, which goes
+# when the last of them does (csrc/core/memory.h): so much is no leak.
 GROWTH_MAX_BYTES = (32 << 20) + (8 << 20)
 MODEL = "tiny"
 CANARY = {"prompt": "The capital of France is", "max_tokens": 12, "seed": 11, "logprobs": 1}

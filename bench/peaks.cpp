@@ -1,4 +1,4 @@
-// What the machine can do at most, for bench/limits.py: integer and float arithmetic, and reading memory.
+// What the machine can do at most, for bench/peaks.py: integer and float arithmetic, and reading memory.
 //
 //   limits THREADS SECONDS MEBIBYTES        -> one JSON object on stdout
 //

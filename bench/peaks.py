@@ -1,8 +1,8 @@
 """The machine's own limits, measured: integer and float operations a second, bytes a second from memory.
 
-    python bench/limits.py [--threads N] [--seconds 0.2] [--mebibytes 512]
+    python bench/peaks.py [--threads N] [--seconds 0.2] [--mebibytes 512]
 
-Compiles bench/limits.cpp for this machine with the compiler at hand (CXX, else c++, g++ or clang++) into
+Compiles bench/peaks.cpp for this machine with the compiler at hand (CXX, else c++, g++ or clang++) into
 build/bench/. `measure` is what the other benchmarks call; they state their figures as shares of it.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "bench" / "limits.cpp"
+SOURCE = ROOT / "bench" / "peaks.cpp"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-pthread")
 
 # Instruction set -> what its integer and fp32 peaks are called, best first.
@@ -32,7 +32,7 @@ def program() -> Path:
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
-        raise SystemExit("bench/limits.py: no C++ compiler; set CXX")
+        raise SystemExit("bench/peaks.py: no C++ compiler; set CXX")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
     what = "".join((SOURCE.read_text(), version, cpu, platform.machine(), *FLAGS))

@@ -1,7 +1,7 @@
 """Our server and llama-server, on the same model with the same clients, in turns.
 
     python bench/peers.py install llama.cpp
-    python bench/serving.py [--rounds 5] [--clients 32] [--out NAME]
+    python bench/two_servers.py [--rounds 5] [--clients 32] [--out NAME]
 
 Each side is started anew for its turn, warmed up, and given the same requests by `python -m fastllm.bench`:
 C clients, each with one request under way, prompts of 32 to 256 tokens, answers of 32 to 128, streamed. Only
@@ -153,8 +153,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Two servers",
         "",
-        f"Made by `bench/serving.py`; {about['date']}, {about['processor']}, {record['threads']} threads, "
-        f"{record['model']['name']}, llama.cpp b{record['llama.cpp']}. {record['clients']} clients, "
+        f"Made by `bench/two_servers.py`; {about['date']}, {about['processor']}, "
+        f"{record['threads']} threads, {record['model']['name']}, llama.cpp b{record['llama.cpp']}. {record['clients']} clients, "
         f"{record['requests']} requests a round: 32 to 256 tokens in, 32 to 128 out, streamed. "
         f"{len(rounds)} rounds in turns; medians, and ratios with their 95 % intervals.",
         "",
