@@ -46,9 +46,9 @@ from pathlib import Path
 from typing import Any
 
 import ablation_report
-import peaks
 import machine
 import models
+import peaks
 import roofline
 from processes import Watched
 

@@ -28,9 +28,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import peaks
 import machine
 import models
+import peaks
 import peers
 import report
 import results

@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import growth_report
-import peaks
 import machine
 import models
 import numpy as np
+import peaks
 import report
 import roofline
 

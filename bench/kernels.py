@@ -26,10 +26,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import peaks
 import machine
 import numpy as np
 import numpy.typing as npt
+import peaks
 
 from fastllm import _core
 

@@ -154,7 +154,8 @@ def table(record: dict[str, Any]) -> str:
         "# Two servers",
         "",
         f"Made by `bench/two_servers.py`; {about['date']}, {about['processor']}, "
-        f"{record['threads']} threads, {record['model']['name']}, llama.cpp b{record['llama.cpp']}. {record['clients']} clients, "
+        f"{record['threads']} threads, {record['model']['name']}, llama.cpp b{record['llama.cpp']}. "
+        f"{record['clients']} clients, "
         f"{record['requests']} requests a round: 32 to 256 tokens in, 32 to 128 out, streamed. "
         f"{len(rounds)} rounds in turns; medians, and ratios with their 95 % intervals.",
         "",

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 import ablation
 import ablation_report
-import peaks
 
 SHAPE = [
     *("--requests", "8", "--system", "40", "--own", "4,20", "--answer", "2,24"),
@@ -80,7 +79,7 @@ def test_an_answer_that_differs_ends_the_run() -> None:
 def test_every_row_runs_and_does_what_it_is_called(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "measure", lambda *_: {"int8": 1e11})
+    monkeypatch.setattr(peaks, "measure", lambda *_: {"int8": 1e11})
     options = ablation.parse([*SHAPE, "--model", str(model), "--rounds", "1", "--out", str(tmp_path)])
     record = ablation.run(options)
     rounds = {row["name"]: row["rounds"][0] for row in record["rows"]}
@@ -115,7 +114,7 @@ def test_every_row_runs_and_does_what_it_is_called(
 def test_rounds_are_added_to_a_record_of_the_same(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "measure", lambda *_: {"int8": 1e11})
+    monkeypatch.setattr(peaks, "measure", lambda *_: {"int8": 1e11})
     more = ["--model", str(model), "--rounds", "1", "--rows", "paged", "--out", str(tmp_path), "--append"]
     first = ablation.run(ablation.parse([*SHAPE, *more]))
     second = ablation.run(ablation.parse([*SHAPE, *more, "--under", "nice -n 1"]))
