@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 import ablation
 import ablation_report
+import peaks
 
 SHAPE = [
     *("--requests", "8", "--system", "40", "--own", "4,20", "--answer", "2,24"),
