@@ -299,7 +299,9 @@ def test_templates_in_files(tmp_path: Path) -> None:
 
 
 def test_load_tokenizer(folders: dict[str, Path]) -> None:
-    checkpoint: Any = SimpleNamespace(kind="hf", path=folders["llama3"], config={}, generation_config={})
+    checkpoint: Any = SimpleNamespace(
+        kind="hf", path=folders["llama3"], config={}, generation_config={}, keys=None
+    )
     assert load_tokenizer(checkpoint).bos_token_id == Tokenizer.from_directory(folders["llama3"]).bos_token_id
 
 
