@@ -160,6 +160,13 @@ class Generation:
         served.tracing.begin(request_id, self._call.trace, operation=operation)
         return _traced(outputs, served.tracing, request_id)
 
+    def _failed(self) -> HTTPError:
+        """A choice has no next token: by what the request restricts, or by the model's fault."""
+        if not self._asked.params.constrained and not self.form:
+            return HTTPError(500, "no next token could be computed", code="generation_failed")
+        message = "what the answer is restricted to leaves no next token, or is too complex"
+        return HTTPError(400, message, param=self.form or None, code="generation_failed")
+
     def _note(self, prompt: int, output: RequestOutput) -> None:
         """Count, and keep what the audit log wants."""
         usage, call = self.usage, self._call
@@ -173,7 +180,7 @@ class Generation:
             if choice.finish_reason is not None:
                 self._reasons[prompt, choice.index] = choice.finish_reason
                 if choice.finish_reason == "error":
-                    raise HTTPError(500, "no next token could be computed", code="generation_failed")
+                    raise self._failed()
             call.answered(prompt, choice.index, choice.text)
         call.generated_tokens = usage.generated
         call.finish_reasons = [self._reasons[key] for key in sorted(self._reasons)]
