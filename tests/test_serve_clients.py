@@ -235,6 +235,42 @@ def test_responses(client: openai.OpenAI) -> None:
     assert event.response.output_text == found.output_text
 
 
+def test_log_probabilities_of_responses(client: openai.OpenAI) -> None:
+    asked: Any = {"input": "Hi", "model": "tiny", "temperature": 0, "max_output_tokens": 12,
+                  "include": ["message.output_text.logprobs"], "top_logprobs": 2}  # fmt: skip
+    answer = client.responses.create(**asked)
+    whole = answer.to_dict()["output"][0]["content"][0]["logprobs"]  # type: ignore[index]
+    assert answer.usage is not None
+    assert len(whole) == answer.usage.output_tokens > 5
+    assert all(len(token["top_logprobs"]) == 2 for token in whole)
+    streamed: list[Any] = []
+    for event in client.responses.create(**asked, stream=True):
+        if event.type == "response.output_text.delta":
+            streamed += event.to_dict()["logprobs"]  # type: ignore[misc]
+        if event.type == "response.output_text.done":
+            done = event.to_dict()["logprobs"]
+    assert streamed == done == whole[: len(streamed)]
+    assert streamed
+
+
+def test_tokens_of_a_conversation_are_those_of_its_answer(client: openai.OpenAI, server: Running) -> None:
+    call = {"id": "call_1", "type": "function",
+            "function": {"name": "weather", "arguments": '{"city": "Bern", "days": 2}'}}  # fmt: skip
+    history: Any = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "sun"}]},
+    ]
+    answer = client.chat.completions.create(messages=history, tools=[TOOL], max_tokens=1, **SAMPLED)
+    headers = {"authorization": f"Bearer {KEY}"}
+    with server.client(headers=headers) as plain:
+        found = plain.post("/tokenize", json={"messages": history, "tools": [TOOL]}).json()
+        assert answer.usage is not None
+        assert found["count"] == answer.usage.prompt_tokens
+        wrong = plain.post("/tokenize", json={"messages": history, "tools": [{"type": "x"}]}).json()
+        assert wrong["error"]["param"] == "tools[0].type"
+
+
 def test_responses_with_tools(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", **TOOL["function"], "strict": True}
     asked: Any = {"input": "Hi", "model": "tiny", "tools": [tool], "tool_choice": "required",

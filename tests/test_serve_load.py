@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -16,6 +17,11 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import Running, events
+
+from fastllm.serve.admission import Admission, Seats
+from fastllm.serve.call import Call
+from fastllm.serve.config import Limits
+from fastllm.serve.errors import HTTPError
 
 LONG = {"prompt": "the river ran past", "max_tokens": 230, "ignore_eos": True, "stream": True}
 CHAT = {
@@ -162,6 +168,31 @@ def test_limits_of_a_key(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert found.json()["error"]["code"] == "rate_limit_exceeded"
             assert 3000 < int(found.headers["retry-after"]) <= 3601
             assert client.post("/v1/completions", json=body, headers=headers("b")).status_code == 200
+
+
+async def test_two_requests_at_once_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the storage of the rates takes."""
+    admission = Admission(Limits(rate="100/hour", concurrent=1))
+    assert admission._limiter is not None
+    hit = admission._limiter.hit
+
+    async def slow_hit(*arguments: Any, **more: Any) -> bool:
+        await asyncio.sleep(0.01)
+        return bool(await hit(*arguments, **more))
+
+    monkeypatch.setattr(admission._limiter, "hit", slow_hit)
+    seats = Seats(4, 4)
+
+    async def enter() -> None:
+        async with admission.enter(Call("id", "", "POST", "/", key="a"), seats, 1):
+            await asyncio.sleep(0.05)
+
+    done = await asyncio.gather(enter(), enter(), return_exceptions=True)
+    (refused,) = [item for item in done if item is not None]
+    assert isinstance(refused, HTTPError)
+    assert refused.code == "concurrency_limit_exceeded"
+    assert seats.taken == 0
+    await enter()
 
 
 def test_time_that_is_up(path: Path) -> None:

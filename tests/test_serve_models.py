@@ -116,6 +116,32 @@ def test_old_streams_finish_on_the_old_weights(client: httpx.Client, folder: Pat
         time.sleep(0.01)
 
 
+def test_a_server_may_end_while_a_version_retires(
+    client: httpx.Client, folder: Path, server: Running
+) -> None:
+    def slow(engine: Any) -> None:
+        original = engine._executor.submit
+
+        def submit(batch: Any) -> Any:
+            time.sleep(0.05)
+            return original(batch)
+
+        engine._executor.submit = submit
+
+    server.on_engine(slow)
+    long = {**BODY, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with server.client() as reader, reader.stream("POST", "/v1/completions", json=long) as got:
+        lines = got.iter_lines()
+        next(lines)
+        assert load(client, folder, "two", "2").status_code == 200
+        assert states(client) == {"1": "retiring", "2": "current"}
+        for _ in range(2):  # the second time: at once
+            server.loop.call_soon_threadsafe(server.server.leave)
+        found = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert found[-1]["error"]["code"] == "engine_dead"
+    server.stop()
+
+
 def test_no_request_is_dropped_by_changes(client: httpx.Client, folder: Path, server: Running) -> None:
     stop = threading.Event()
     wrong: list[str] = []

@@ -85,14 +85,16 @@ class Admission:
                 code="concurrency_limit_exceeded",
                 retry_after=seats.seconds,
             )
-        await self._count(who)
-        seats.take(count)
-        self._running[who] += 1
-        begin = time.monotonic()
+        self._running[who] += 1  # before anything waits: two at once would both find room
         try:
-            yield
+            await self._count(who)
+            seats.take(count)
+            begin = time.monotonic()
+            try:
+                yield
+            finally:
+                seats.give(count, time.monotonic() - begin)
         finally:
-            seats.give(count, time.monotonic() - begin)
             self._running[who] -= 1
             if not self._running[who]:
                 del self._running[who]

@@ -32,7 +32,6 @@ class Call:
         body: what was sent; None where nobody wants it, as below.
         place: in the audit log's queue, if there is a log.
         trace: the headers that say which trace it belongs to.
-        generates: whether a model was asked, so that the audit log has a line for it.
     """
 
     request_id: str
@@ -53,7 +52,6 @@ class Call:
     trace: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
     place: Reservation | None = None
-    generates: bool = False
     _answers: dict[tuple[int, int], list[str]] | None = None  # (prompt, choice) -> pieces of text
 
     @property

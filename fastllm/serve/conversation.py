@@ -21,9 +21,8 @@ from fastllm.outputs import CompletionOutput
 from fastllm.prompts import render_chat
 from fastllm.sampling_params import SamplingParams
 from fastllm.serve.call import Call
-from fastllm.serve.chat_format import ChatFormat
 from fastllm.serve.errors import HTTPError
-from fastllm.serve.generation import Asked, Generation, Render
+from fastllm.serve.generation import Asked, Generation
 from fastllm.serve.models import Served
 from fastllm.serve.parsers import (
     AnswerParser,
@@ -182,31 +181,8 @@ class Answer:
         choice.finish_reason = _reason(item, finished)
         return choice
 
-    def renderer(self, served: Served) -> Render:
-        """What makes the prompt for a model."""
-        return lambda tokenizer: self._tokens(tokenizer, served.chat)
-
     def _render(self, tokenizer: Tokenizer) -> list[int]:
-        return self._tokens(tokenizer, self.generation.served.chat)
-
-    def _tokens(self, tokenizer: Tokenizer, chat: ChatFormat) -> list[int]:
-        """Token ids of the prompt; called in a thread."""
-        wanted = self._conversation
-        offered = bool(wanted.choice.offered)
-        template = chat.tool_template if offered else chat.template
-        ids = render_chat(
-            tokenizer,
-            normalize_messages(wanted.messages, template or ""),
-            add_generation_prompt=wanted.add_generation_prompt,
-            chat_template=self._state.config.chat_template,
-            chat_template_kwargs=wanted.template_kwargs,
-            tools=wanted.choice.for_template(),
-        )
-        end = tokenizer.decode(ids[-END_TOKENS:], skip_special_tokens=False)
-        formats = chat.tool_formats if offered else chat.formats
-        self._plan = plan_answer(wanted.choice, formats, prompt_end=end)
-        if self._plan.lead:
-            ids += tokenizer.encode(self._plan.lead, add_special_tokens=False, parse_special=True)
+        ids, self._plan = prompt_of(self._state, self.generation.served, self._conversation, tokenizer)
         return ids
 
     def _settle(self) -> SamplingParams:
@@ -228,6 +204,32 @@ class Answer:
         if not plan.skip_special_tokens:
             changes["skip_special_tokens"] = False
         return dataclasses.replace(params, **changes) if changes else params
+
+
+def prompt_of(
+    state: ServerState, served: Served, wanted: Conversation, tokenizer: Tokenizer
+) -> tuple[list[int], AnswerPlan]:
+    """The token ids of a conversation's prompt, and how it is answered. Takes a while: for a thread.
+
+    Raises:
+        RequestError, UnsupportedModelError: as `render_chat`, `normalize_messages` and `plan_answer`.
+    """
+    chat = served.chat
+    offered = bool(wanted.choice.offered)
+    template = chat.tool_template if offered else chat.template
+    ids = render_chat(
+        tokenizer,
+        normalize_messages(wanted.messages, template or ""),
+        add_generation_prompt=wanted.add_generation_prompt,
+        chat_template=state.config.chat_template,
+        chat_template_kwargs=wanted.template_kwargs,
+        tools=wanted.choice.for_template(),
+    )
+    end = tokenizer.decode(ids[-END_TOKENS:], skip_special_tokens=False)
+    plan = plan_answer(wanted.choice, chat.tool_formats if offered else chat.formats, prompt_end=end)
+    if plan.lead:
+        ids += tokenizer.encode(plan.lead, add_special_tokens=False, parse_special=True)
+    return ids, plan
 
 
 def _reason(item: CompletionOutput, finished: Finished) -> str:

@@ -100,7 +100,6 @@ class Generation:
         self._asked = asked
         self._counted: set[int] = set()  # prompts whose tokens are in usage
         self._reasons: dict[tuple[int, int], str] = {}
-        call.generates = True
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Outputs with the number of their prompt, as they come.

@@ -105,7 +105,7 @@ class Guard:
             call.status = call.status or CLIENT_GONE
             raise
         finally:
-            await self._state.ended(call, route=scope.get("route"))
+            await self._state.ended(call)
 
     # ---- what is checked ---------------------------------------------------------------------------------
 

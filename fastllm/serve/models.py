@@ -287,6 +287,7 @@ class Models:
     async def close(self) -> None:
         """Close all; requests that are left get errors."""
         for served in self.all():
+            served.state = "closing"  # its last lease has nothing to do any more
             await served.close()
         self._versions.clear()
         self._current.clear()

@@ -7,7 +7,6 @@ import hashlib
 import hmac
 import logging
 import secrets
-from typing import Any
 
 from fastllm.errors import AuditError, RequestError
 from fastllm.formats.keys import read_key_file
@@ -94,13 +93,16 @@ class ServerState:
         self.running += 1
         self.idle.clear()
 
-    async def ended(self, call: Call, *, route: Any) -> None:
+    async def ended(self, call: Call) -> None:
         """A request is over, in whatever way."""
         self.running -= 1
         if not self.running:
             self.idle.set()
         if call.place is not None:
-            call.place.commit(_record(call))
+            try:
+                call.place.commit(_record(call))
+            except AuditError:  # closed: the server is gone, and this request did not end in time
+                logger.exception("no line in the audit log for request %s", call.request_id)
         access.info(
             "%s %s %s",
             call.method,

@@ -42,7 +42,6 @@ async def _work(state: ServerState, call: Call, body: EmbeddingRequest) -> dict[
         render_text(item, f"input[{index}]" if len(inputs) > 1 else "input")
         for index, item in enumerate(inputs)
     ]
-    call.generates = True
     async with state.models.lease(body.model) as (served, lora):
         call.model, call.version = body.model or served.source.name, served.source.version
         async with state.admission.enter(call, served.seats, len(inputs)):

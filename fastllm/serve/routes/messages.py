@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator
@@ -13,8 +14,8 @@ from starlette.responses import Response
 from fastllm.sampling_params import SamplingParams
 from fastllm.serve.answers import EventStream, JsonAnswer, to_json
 from fastllm.serve.call import Call
-from fastllm.serve.conversation import Answer, Conversation, Piece
-from fastllm.serve.generation import Usage, token_ids
+from fastllm.serve.conversation import Answer, Conversation, Piece, prompt_of
+from fastllm.serve.generation import Usage
 from fastllm.serve.parsers import ArgumentsDelta, CallBegun, CallEnded, Content, Event, Reasoning
 from fastllm.serve.protocol.messages import (
     CountRequest,
@@ -45,7 +46,7 @@ async def messages(request: Request) -> Response:
 @router.post("/v1/messages/count_tokens", responses=RESPONSES, openapi_extra=takes(CountRequest))
 async def count_tokens(request: Request) -> Response:
     """How many tokens a conversation has as a prompt."""
-    state, call, body = await begin(request, CountRequest)
+    state, _, body = await begin(request, CountRequest)
     conversation = Conversation(
         model=body.model,
         messages=messages_of(body),
@@ -56,9 +57,8 @@ async def count_tokens(request: Request) -> Response:
 
     async def work() -> dict[str, Any]:
         async with state.models.lease(body.model) as (served, _):
-            answer = Answer(state, call, conversation, "count")
-            call.generates = False
-            (ids,) = await token_ids(state, served, [answer.renderer(served)], "messages")
+            tokenizer = served.llm.tokenizer
+            ids, _ = await asyncio.to_thread(prompt_of, state, served, conversation, tokenizer)
         return {"input_tokens": len(ids)}
 
     return JsonAnswer(work(), state.config.limits.request_seconds)

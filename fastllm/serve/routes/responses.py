@@ -10,10 +10,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from fastllm.outputs import CompletionOutput
 from fastllm.serve import logprobs
 from fastllm.serve.answers import EventStream, JsonAnswer, to_json
 from fastllm.serve.call import Call
-from fastllm.serve.conversation import Answer, Choice
+from fastllm.serve.conversation import Answer
 from fastllm.serve.parsers import ArgumentsDelta, CallBegun, CallEnded, Content, Event, Reasoning
 from fastllm.serve.protocol.responses import ResponsesRequest, conversation_of
 from fastllm.serve.routes.common import RESPONSES, begin, now, takes
@@ -43,6 +44,7 @@ class ResponseAnswer:
         self._output: list[dict[str, Any]] = []  # items; in a stream, those that have begun
         self._open = ""  # kind of the item that is being written
         self._number = 0  # of the next event
+        self._waiting: list[Any] = []  # log probabilities that no content has taken yet
 
     # ---- all at once -------------------------------------------------------------------------------------
 
@@ -52,19 +54,17 @@ class ResponseAnswer:
         if choice.reasoning:
             self._output.append(_reasoning(choice.reasoning, "completed"))
         if choice.content or not choice.calls:
-            self._output.append(_message(choice.content, "completed", await self._logprobs(choice)))
+            self._output.append(_message(choice.content, "completed", await self._logprobs(choice.item)))
         self._output += [
             _function_call(call.id, call.name, call.arguments, "completed") for call in choice.calls
         ]
         return self._response(choice.finish_reason)
 
-    async def _logprobs(self, choice: Choice) -> list[Any]:
-        if choice.item.logprobs is None:
+    async def _logprobs(self, item: CompletionOutput) -> list[Any]:
+        if item.logprobs is None:
             return []
         tokenizer = await self._answer.generation.served.llm.get_tokenizer()
-        found = logprobs.of_chat(
-            tokenizer, choice.item.token_ids, choice.item.logprobs, self._body.top_logprobs or 0
-        )
+        found = logprobs.of_chat(tokenizer, item.token_ids, item.logprobs, self._body.top_logprobs or 0)
         return list(found["content"])
 
     # ---- in pieces ---------------------------------------------------------------------------------------
@@ -78,9 +78,13 @@ class ResponseAnswer:
                     begun = True
                     for kind in ("response.created", "response.in_progress"):
                         yield self._event(kind, response=self._response(None))
+                found = self._waiting + await self._logprobs(piece.item)
                 for event in piece.events:
-                    for written in self._written(event):
+                    for written in self._written(event, found):
                         yield written
+                    if isinstance(event, Content):
+                        found = []
+                self._waiting = found  # of tokens that show nothing yet
                 if piece.finish_reason is not None:
                     if not self._output:
                         for written in self._switch(_message("", "in_progress", [])):
@@ -90,11 +94,14 @@ class ResponseAnswer:
                     response = self._response(piece.finish_reason)
                     yield self._event(f"response.{response['status']}", response=response)
 
-    def _written(self, event: Event) -> list[bytes]:
+    def _written(self, event: Event, found: list[Any]) -> list[bytes]:
+        """The events of what is new; `found`: its tokens' log probabilities, which go with content."""
         if isinstance(event, Content):
             begun = [] if self._open == "message" else self._switch(_message("", "in_progress", []))
-            self._output[-1]["content"][0]["text"] += event.text
-            return [*begun, self._delta("output_text", event.text, content_index=0, logprobs=[])]
+            part = self._output[-1]["content"][0]
+            part["text"] += event.text
+            part["logprobs"] += found
+            return [*begun, self._delta("output_text", event.text, content_index=0, logprobs=found)]
         if isinstance(event, Reasoning):
             begun = [] if self._open == "reasoning" else self._switch(_reasoning("", "in_progress"))
             self._output[-1]["content"][0]["text"] += event.text
@@ -135,7 +142,7 @@ class ResponseAnswer:
             place["content_index"] = 0
             part = item["content"][0]
             kind = "output_text" if item["type"] == "message" else "reasoning_text"
-            more: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
+            more = {"logprobs": part["logprobs"]} if kind == "output_text" else {}
             events = [
                 self._event(f"response.{kind}.done", **place, text=part["text"], **more),
                 self._event("response.content_part.done", **place, part=part),

@@ -9,10 +9,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fastllm.errors import RequestError
-from fastllm.formats.tokenizer import Tokenizer
-from fastllm.prompts import render_chat
+from fastllm.sampling_params import SamplingParams
 from fastllm.serve.answers import JsonAnswer
+from fastllm.serve.conversation import Conversation, prompt_of
 from fastllm.serve.errors import HTTPError
+from fastllm.serve.models import Served
+from fastllm.serve.parsers import parse_tool_choice, parse_tools
 from fastllm.serve.protocol.others import DetokenizeRequest, TokenizeRequest
 from fastllm.serve.routes.common import RESPONSES, begin, takes
 from fastllm.serve.state import ServerState
@@ -27,10 +29,10 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise HTTPError(400, "prompt or messages: one of them", param="prompt", code="invalid_value")
     served, _ = state.models.find(body.model)
-    tokenizer = await served.llm.get_tokenizer()
+    tokenizer = served.llm.tokenizer
 
     async def work() -> dict[str, Any]:
-        ids = await asyncio.to_thread(_encode, state, tokenizer, body)
+        ids = await asyncio.to_thread(_encode, state, served, body)
         found = {"count": len(ids), "max_model_len": served.llm.max_model_len, "tokens": ids}
         if body.return_token_strs:
             found["token_strs"] = [tokenizer.token_bytes(id).decode("utf-8", "replace") for id in ids]
@@ -39,21 +41,23 @@ async def tokenize(request: Request) -> Response:
     return JsonAnswer(work(), state.config.limits.request_seconds)
 
 
-def _encode(state: ServerState, tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
+def _encode(state: ServerState, served: Served, body: TokenizeRequest) -> list[int]:
+    tokenizer = served.llm.tokenizer
     if body.prompt is not None:
         try:
             return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
         except RequestError as error:
             raise RequestError("prompt", error.value, error.limit) from error
     assert body.messages is not None
-    return render_chat(
-        tokenizer,
-        body.messages,
+    conversation = Conversation(
+        model=body.model,
+        messages=body.messages,
+        params=SamplingParams(),
+        choice=parse_tool_choice(parse_tools(body.tools)),
+        template_kwargs=body.chat_template_kwargs,
         add_generation_prompt=body.add_generation_prompt,
-        chat_template=state.config.chat_template,
-        chat_template_kwargs=body.chat_template_kwargs,
-        tools=body.tools,
     )
+    return prompt_of(state, served, conversation, tokenizer)[0]
 
 
 @router.post("/detokenize", responses=RESPONSES, openapi_extra=takes(DetokenizeRequest))
