@@ -46,6 +46,7 @@ def int8_kernel(
     blocks = tl.cdiv(K, 128)
     begin = blocks * part // parts * STEPS
     end = blocks * (part + 1) // parts * STEPS
+    tl.assume(begin < end)
     acc = tl.zeros((BN, BM), tl.float32 if GROUP else tl.int32)
     for step in tl.range(begin, end, num_stages=STAGES):
         b = step // STEPS

@@ -68,8 +68,8 @@ def weight_only(
         m, w.rows, w.cols, x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
         KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
         BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
-        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, EVEN_K=w.cols % BLOCK == 0,
-        NATIVE=not interpreted(), num_warps=tile.warps,
+        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, CHAIN=bool(tile.chain), EVEN_K=w.cols % BLOCK == 0,
+        NATIVE=not interpreted(), num_warps=tile.warps, maxnreg=tile.maxnreg or None,
     )  # fmt: skip
     return y
 

@@ -13,3 +13,5 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
+    chain: int = 1
+    maxnreg: int = 0

@@ -34,25 +34,33 @@ CACHE_BYTES = 256 << 20  # buffers that together are larger than any cache
 def candidates(kind: str, m: int) -> Iterator[Tile]:
     """Tiles worth a trial for M = m."""
     if kind == "int8":
-        widths = [bm for bm in (16, 32, 64, 128, 256) if m <= 16 or bm <= 2 * m]
-        shapes = itertools.product((64, 128, 256), widths, (4, 8), (3, 4, 5), (1, 2, 3, 4))
-    else:
-        widths = [bm for bm in (16, 32, 64, 128, 256) if bm // 2 < m or bm == 16]
-        shapes = itertools.product((64, 128, 256), widths, (4, 8), (2, 3, 4, 5), (1, 2, 3, 4, 6))
-    for bn, bm, warps, stages, programs in shapes:
-        if bm < min(m, 256) / 4 or (warps == 8 and bn < 128) or (bn * bm / warps > 4096):
-            continue
-        if programs > 1 and (bn * bm >= 128 * 128 or m > 1024):
-            continue
-        if programs < 3 and m <= 16:
-            continue
-        if kind == "int8":
+        widths = [bm for bm in (8, 16, 32, 64, 128, 256) if m / 4 <= bm <= max(2 * m, 8) or (bm >= 128 and m > 512)]
+        for bn, bm, warps, stages, programs in itertools.product(
+            (64, 128, 256), widths, (4, 8), (3, 4, 5, 6, 7, 8), (1, 2, 3, 4)
+        ):
             bytes_stage = (bn + bm) * BLOCK
-        else:
-            bytes_stage = bn * BLOCK // (2 if kind == "u4" else 1) + bm * BLOCK * 2
-        if bytes_stage * stages > 220_000 or bytes_stage * stages * min(programs, 2) > 230_000:
+            if (warps == 8 and bn < 128) or bn * bm / warps > 4096 or bytes_stage * stages * programs > 226_000:
+                continue
+            if programs > 1 and m > 512 or (m <= 64 and bytes_stage * stages * programs < 60_000):
+                continue
+            yield Tile(bn, bm, warps, stages, programs)
+        return
+    widths = [bm for bm in (8, 16, 32, 64, 128, 256) if m / 4 <= bm <= max(m, 16) or (bm >= 128 and m > 512)]
+    for bn, bm, warps, stages, programs, chain, cap in itertools.product(
+        (64, 128, 256), widths, (4, 8), (2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8), (0, 1), (0, 128)
+    ):
+        bytes_stage = bn * BLOCK // (2 if kind == "u4" else 1) + bm * BLOCK * 2
+        if (warps == 8 and bn < 128) or bn * bm / warps > 4096 or bytes_stage * stages * min(programs, 4) > 226_000:
             continue
-        yield Tile(bn, bm, warps, stages, programs)
+        if not chain and bn * bm / warps > 2048:
+            continue
+        if cap and (bm > 16 or warps == 8 or bn < 128):
+            continue
+        if (m <= 16 and (programs < 2 or stages < 3)) or (m > 16 and programs > 4) or (m > 128 and programs > 2):
+            continue
+        if m > 512 and programs > 1:
+            continue
+        yield Tile(bn, bm, warps, stages, programs, chain, cap)
 
 
 def random_matrix(kind: str, n: int, k: int, group: int, device: str) -> GpuMatrix:

@@ -27,7 +27,7 @@ def weight_only_kernel(
     M, N, K, x_stride, residual_stride, y_stride,
     KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, MIN: tl.constexpr,
     BIAS: tl.constexpr, PAIRED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, CHAIN: tl.constexpr, EVEN_K: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -41,10 +41,12 @@ def weight_only_kernel(
     k = tl.arange(0, 128)
     T: tl.constexpr = x.dtype.element_ty
     IN_LOOP: tl.constexpr = GROUP != 0 or MIN
+    AFTER: tl.constexpr = GROUP == 128 and not SUB and not MIN and not CHAIN
 
     blocks = tl.cdiv(K, 128)
     begin = blocks * part // parts
     end = blocks * (part + 1) // parts
+    tl.assume(begin < end)
     x_at = x + m[None, :].to(tl.int64) * x_stride + k[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     if IN_LOOP:  # scales are asked for one block ahead, for they do not go through shared memory
@@ -61,15 +63,22 @@ def weight_only_kernel(
         if IN_LOOP:
             ahead = tl.minimum(b + 1, end - 1)
             next_scale, next_subscale = load_groups(scales, subscales, rows, ahead, N, GROUP, SUB)
-            w = w * spread_groups(scale, subscale, BN, GROUP, SUB, T)
-            scale = next_scale
-            subscale = next_subscale
+            if not AFTER:
+                w = w * spread_groups(scale, subscale, BN, GROUP, SUB, T)
             if MIN:
                 next_low, next_sublow = load_groups(mins, submins, rows, ahead, N, GROUP, SUB)
                 w = w + spread_groups(low, sublow, BN, GROUP, SUB, T)
                 low = next_low
                 sublow = next_sublow
-        acc = tl.dot(w, xt, acc, input_precision="ieee")
+        if CHAIN:
+            acc = tl.dot(w, xt, acc, input_precision="ieee")
+        elif AFTER:
+            acc += tl.dot(w, xt, input_precision="ieee") * scale.to(tl.float32)
+        else:
+            acc += tl.dot(w, xt, input_precision="ieee")
+        if IN_LOOP:
+            scale = next_scale
+            subscale = next_subscale
 
     acc, last = gather_parts(acc, partial, counters, BN, BM)
     if last:
