@@ -1,6 +1,6 @@
 """First look at a GPU: limits, baselines, correctness of the kernels in bf16."""
 import sys, time, torch, triton, triton.language as tl
-sys.path.insert(0, "/tmp/fl")
+
 from fastllm.kernels import launch, tune
 from fastllm.kernels.layout import unpack_codes
 from fastllm.kernels.timing import seconds_per_call

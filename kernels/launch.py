@@ -13,6 +13,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastllm.kernels.dequantize import dequantize_kernel
+from fastllm.kernels.gemv import gemv_kernel
 from fastllm.kernels.int8 import int8_kernel
 from fastllm.kernels.layout import BLOCK, GpuMatrix
 from fastllm.kernels.quantize import quantize_rows_kernel
@@ -37,7 +38,8 @@ def multiprocessors(device: torch.device) -> int:
 def splits(tiles: int, blocks: int, tile: Tile, device: torch.device) -> int:
     """Into how many parts K goes, so that the machine has `tile.programs` programs per multiprocessor."""
     wanted = multiprocessors(device) * tile.programs // tiles
-    return max(1, min(wanted, blocks)) if tiles <= COUNTERS else 1
+    most = 2 if tile.bn * tile.bm >= 128 * 128 else 64  # see epilogue.gather_parts
+    return max(1, min(wanted, blocks, most)) if tiles <= COUNTERS else 1
 
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -62,14 +64,39 @@ def weight_only(
     tiles = math.ceil(w.rows / tile.bn) * math.ceil(m / tile.bm)
     split = splits(tiles, w.blocks, tile, x.device)
     partial = x.new_empty(split * tiles * tile.bn * tile.bm if split > 1 else 1, dtype=torch.float32)
+    matrix, codes = x, w.codes
+    if tile.descriptors:
+        words = w.codes.shape[2]
+        matrix = TensorDescriptor.from_tensor(x, [tile.bm, BLOCK])
+        codes = TensorDescriptor.from_tensor(w.codes.view(-1, words), [tile.bn, words])
     weight_only_kernel[(tiles, split)](
+        matrix, codes, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales), _or(w.mins, w.scales),
+        _or(w.submins, w.scales), _or(bias, y), _or(residual, y), y, partial, counters(x.device),
+        m, w.rows, w.cols, x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
+        KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
+        BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
+        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, CHAIN=bool(tile.chain), EVEN_K=w.cols % BLOCK == 0,
+        DESCRIPTORS=bool(tile.descriptors), NATIVE=not interpreted(), num_warps=tile.warps,
+    )  # fmt: skip
+    return y
+
+
+def gemv(
+    x: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None, paired: bool, tile: Tile
+) -> torch.Tensor:
+    m = x.shape[0]
+    y = x.new_empty(m, w.rows // 2 if paired else w.rows)
+    tiles = math.ceil(w.rows / tile.bn)
+    split = splits(tiles, math.ceil(w.blocks / tile.warps), tile, x.device)
+    partial = x.new_empty(split * tiles * tile.bn * tile.bm if split > 1 else 1, dtype=torch.float32)
+    gemv_kernel[(tiles, split)](
         x, w.codes, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales), _or(w.mins, w.scales),
         _or(w.submins, w.scales), _or(bias, x), _or(residual, x), y, partial, counters(x.device),
         m, w.rows, w.cols, x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
         KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
         BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
-        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, CHAIN=bool(tile.chain), EVEN_K=w.cols % BLOCK == 0,
-        NATIVE=not interpreted(), num_warps=tile.warps, maxnreg=tile.maxnreg or None,
+        P=tile.warps, BN=tile.bn, BM=tile.bm, STAGES=tile.stages, EVEN_K=w.cols % BLOCK == 0,
+        NATIVE=not interpreted(), num_warps=tile.warps,
     )  # fmt: skip
     return y
 

@@ -14,4 +14,4 @@ class Tile(NamedTuple):
     stages: int
     programs: int
     chain: int = 1
-    maxnreg: int = 0
+    descriptors: int = 0

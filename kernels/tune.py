@@ -33,34 +33,42 @@ CACHE_BYTES = 256 << 20  # buffers that together are larger than any cache
 
 def candidates(kind: str, m: int) -> Iterator[Tile]:
     """Tiles worth a trial for M = m."""
+    if kind.startswith("gemv"):
+        for bn, warps, stages, programs in itertools.product((16, 32, 64), (2, 4, 8, 16), (2, 3, 4, 5, 6), (4, 8)):
+            bm = 8 if m <= 8 else 16
+            per_stage = warps * (bn * 64 + bm * 256)
+            if per_stage * stages > 110_000 or bn * warps > 512:
+                continue
+            yield Tile(bn, bm, warps, stages, programs, 0, 0)
+        return
     if kind == "int8":
         widths = [bm for bm in (8, 16, 32, 64, 128, 256) if m / 4 <= bm <= max(2 * m, 8) or (bm >= 128 and m > 512)]
         for bn, bm, warps, stages, programs in itertools.product(
             (64, 128, 256), widths, (4, 8), (3, 4, 5, 6, 7, 8), (1, 2, 3, 4)
         ):
             bytes_stage = (bn + bm) * BLOCK
-            if (warps == 8 and bn < 128) or bn * bm / warps > 4096 or bytes_stage * stages * programs > 226_000:
+            if bn * bm / warps > 4096 or bytes_stage * stages * programs > 226_000:
                 continue
             if programs > 1 and m > 512 or (m <= 64 and bytes_stage * stages * programs < 60_000):
                 continue
             yield Tile(bn, bm, warps, stages, programs)
         return
-    widths = [bm for bm in (8, 16, 32, 64, 128, 256) if m / 4 <= bm <= max(m, 16) or (bm >= 128 and m > 512)]
-    for bn, bm, warps, stages, programs, chain, cap in itertools.product(
-        (64, 128, 256), widths, (4, 8), (2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8), (0, 1), (0, 128)
+    widths = [bm for bm in (16, 32, 64, 128, 256) if m / 4 <= bm <= max(m, 16) or (bm >= 128 and m > 512)]
+    for bn, bm, warps, stages, programs, chain, descriptors in itertools.product(
+        (32, 64, 128, 256), widths, (2, 4, 8), (2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8), (0, 1), (0, 1)
     ):
         bytes_stage = bn * BLOCK // (2 if kind == "u4" else 1) + bm * BLOCK * 2
-        if (warps == 8 and bn < 128) or bn * bm / warps > 4096 or bytes_stage * stages * min(programs, 4) > 226_000:
+        if bn // warps < 16 or bn // warps > 64 or (m > 64 and warps < 4) or bn * bm / warps > 4096:
             continue
-        if not chain and bn * bm / warps > 2048:
+        if bytes_stage * stages * min(programs, 4) > 226_000 or (not chain and bn * bm / warps > 2048):
             continue
-        if cap and (bm > 16 or warps == 8 or bn < 128):
+        if (m <= 16 and (programs * warps < 6 or stages < 3)) or programs * warps > 24:
             continue
-        if (m <= 16 and (programs < 2 or stages < 3)) or (m > 16 and programs > 4) or (m > 128 and programs > 2):
+        if chain and m <= 64 or (m == 64 and stages > 4):
             continue
-        if m > 512 and programs > 1:
+        if programs > 1 and m > 256:
             continue
-        yield Tile(bn, bm, warps, stages, programs, chain, cap)
+        yield Tile(bn, bm, warps, stages, programs, chain, descriptors)
 
 
 def random_matrix(kind: str, n: int, k: int, group: int, device: str) -> GpuMatrix:
@@ -76,8 +84,8 @@ def random_matrix(kind: str, n: int, k: int, group: int, device: str) -> GpuMatr
 
 def calls(kind: str, m: int, n: int, k: int, group: int) -> Callable[[Tile], list[Callable[[], torch.Tensor]]]:
     """The product of a kind on enough sets of weights, as a function of the tile."""
-    stored = "i8" if kind == "int8" else kind
-    bytes_one = n * k // (2 if kind == "u4" else 1)
+    stored = "i8" if kind == "int8" else kind.split("-")[-1]
+    bytes_one = n * k // (2 if stored == "u4" else 1)
     matrices = [random_matrix(stored, n, k, group, "cuda") for _ in range(max(1, CACHE_BYTES // bytes_one))]
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     if kind == "int8":
@@ -85,6 +93,8 @@ def calls(kind: str, m: int, n: int, k: int, group: int) -> Callable[[Tile], lis
         return lambda tile: [
             lambda w=w: launch.int8(q, scale, w, None, None, False, torch.bfloat16, tile) for w in matrices  # type: ignore[misc]
         ]
+    if kind.startswith("gemv"):
+        return lambda tile: [lambda w=w: launch.gemv(x, w, None, None, False, tile) for w in matrices]  # type: ignore[misc]
     return lambda tile: [lambda w=w: launch.weight_only(x, w, None, None, False, tile) for w in matrices]  # type: ignore[misc]
 
 
@@ -123,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         tiles = list(candidates(kind, m))
         if options.limit:
             tiles = tiles[:: -(-len(tiles) // options.limit)]
-        jobs += [(kind, m, n, k, options.group if kind == "u4" else 0, tile) for tile in tiles]
+        jobs += [(kind, m, n, k, options.group if kind.endswith("u4") else 0, tile) for tile in tiles]
     compiled: dict[Any, Any] = {}  # programs per multiprocessor are no part of a kernel
     for job in jobs:
         compiled.setdefault((job[0], job[5]._replace(programs=1), job[1] if job[0] == "int8" else 0), job)
@@ -134,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     table: dict[str, dict[str, Any]] = {}
     raw = []
     for kind, m in dict.fromkeys((job[0], job[1]) for job in jobs):
-        group = options.group if kind == "u4" else 0
+        group = options.group if kind.endswith("u4") else 0
         build = calls(kind, m, n, k, group)
         timed = []
         for job in jobs:

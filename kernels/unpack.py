@@ -83,14 +83,15 @@ def _interleave_pairs(a, b, ROWS: tl.constexpr):
 
 @triton.jit
 def load_codes(codes, extra, rows, b, N, KIND: tl.constexpr):
-    """Words of `rows` in block b: (ROWS, 32 or 64), and their extra bits, moved down to bit 0."""
+    """Words of `rows` (R,) in block b, or in blocks b (R,): (R, 32 or 64), and their extra bits, moved down to bit 0."""
     WIDTH: tl.constexpr = 64 if KIND == "i8" else 32
-    at = rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    words = tl.load(codes + tl.cast(b, tl.int64) * N * WIDTH + at, eviction_policy="evict_first")
+    c = tl.arange(0, WIDTH)[None, :]
+    b = tl.cast(b + rows * 0, tl.int64)
+    words = tl.load(codes + (b * N + rows)[:, None] * WIDTH + c, eviction_policy="evict_first")
     if KIND == "u5":
-        high = tl.load(extra + tl.cast(b // 4, tl.int64) * N * WIDTH + at) >> tl.cast(b % 4 * 4, tl.int16)
+        high = tl.load(extra + (b // 4 * N + rows)[:, None] * WIDTH + c) >> tl.cast(b % 4 * 4, tl.int16)[:, None]
     elif KIND == "u6":
-        high = tl.load(extra + tl.cast(b // 2, tl.int64) * N * WIDTH + at) >> tl.cast(b % 2 * 8, tl.int16)
+        high = tl.load(extra + (b // 2 * N + rows)[:, None] * WIDTH + c) >> tl.cast(b % 2 * 8, tl.int16)[:, None]
     else:
         high = words
     return words, high
@@ -151,17 +152,19 @@ def unpack_codes(words, high, ROWS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.c
 
 @triton.jit
 def load_groups(scales, subscales, rows, b, N, GROUP: tl.constexpr, SUB: tl.constexpr):
-    """Scales (or minimums) of `rows` in block b as stored: (ROWS, G), and sub-scales if SUB."""
+    """Scales (or minimums) of `rows` (R,) in block b, or blocks b (R,), as stored: (R, G), and sub-scales if SUB."""
     G: tl.constexpr = 128 // GROUP if GROUP else 1
-    g = tl.arange(0, G)
+    g = tl.arange(0, G)[None, :]
+    b = (b + rows * 0)[:, None]
+    row = rows[:, None]
     if SUB:
-        fine = tl.load(subscales + rows[:, None] + (b * G + g)[None, :] * N)
-        coarse = tl.load(scales + rows[:, None] + (b // 2 + g * 0)[None, :] * N)
+        fine = tl.load(subscales + row + (b * G + g) * N)
+        coarse = tl.load(scales + row + (b // 2 + g * 0) * N)
     elif GROUP:
-        coarse = tl.load(scales + rows[:, None] + (b * G + g)[None, :] * N)
+        coarse = tl.load(scales + row + (b * G + g) * N)
         fine = coarse
     else:
-        coarse = tl.load(scales + rows[:, None] + g[None, :])
+        coarse = tl.load(scales + row + g)
         fine = coarse
     return coarse, fine
 

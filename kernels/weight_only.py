@@ -28,7 +28,7 @@ def weight_only_kernel(
     KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, MIN: tl.constexpr,
     BIAS: tl.constexpr, PAIRED: tl.constexpr, RESIDUAL: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, CHAIN: tl.constexpr, EVEN_K: tl.constexpr,
-    NATIVE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -39,46 +39,48 @@ def weight_only_kernel(
     rows = tl.minimum(n0 + tl.arange(0, BN), N - 1)
     m = m0 + tl.arange(0, BM)
     k = tl.arange(0, 128)
-    T: tl.constexpr = x.dtype.element_ty
+    T: tl.constexpr = y.dtype.element_ty
     IN_LOOP: tl.constexpr = GROUP != 0 or MIN
     AFTER: tl.constexpr = GROUP == 128 and not SUB and not MIN and not CHAIN
 
     blocks = tl.cdiv(K, 128)
     begin = blocks * part // parts
     end = blocks * (part + 1) // parts
-    tl.assume(begin < end)
-    x_at = x + m[None, :].to(tl.int64) * x_stride + k[:, None]
+    tl.assume(begin < end)  # without the case of no iteration ptxas keeps several wgmma in flight
     acc = tl.zeros((BN, BM), tl.float32)
-    if IN_LOOP:  # scales are asked for one block ahead, for they do not go through shared memory
+    if IN_LOOP:
         scale, subscale = load_groups(scales, subscales, rows, begin, N, GROUP, SUB)
         if MIN:
             low, sublow = load_groups(mins, submins, rows, begin, N, GROUP, SUB)
     for b in tl.range(begin, end, num_stages=STAGES):
-        words, high = load_codes(codes, extra, rows, b, N, KIND)
-        mask = (m < M)[None, :]
-        if not EVEN_K:
-            mask = mask & (b * 128 + k < K)[:, None]
-        xt = tl.load(x_at + b * 128, mask=mask, other=0.0)
+        if DESCRIPTORS:
+            words = codes.load([b * N + n0, 0])
+            high = words
+            xt = x.load([m0, b * 128]).T
+        else:
+            words, high = load_codes(codes, extra, rows, b, N, KIND)
+            mask = (m < M)[None, :]
+            if not EVEN_K:
+                mask = mask & (b * 128 + k < K)[:, None]
+            x_at = x + m[None, :].to(tl.int64) * x_stride + (b * 128 + k)[:, None]
+            xt = tl.load(x_at, mask=mask, other=0.0)
         w = unpack_codes(words, high, BN, KIND, ZERO, T, NATIVE)
-        if IN_LOOP:
-            ahead = tl.minimum(b + 1, end - 1)
-            next_scale, next_subscale = load_groups(scales, subscales, rows, ahead, N, GROUP, SUB)
-            if not AFTER:
-                w = w * spread_groups(scale, subscale, BN, GROUP, SUB, T)
+        # The next block's scales are asked for as soon as this one's are used: into the same registers, since a copy
+        # would wait for them.
+        ahead = tl.minimum(b + 1, end - 1)
+        if IN_LOOP and not AFTER:
+            w = w * spread_groups(scale, subscale, BN, GROUP, SUB, T)
+            scale, subscale = load_groups(scales, subscales, rows, ahead, N, GROUP, SUB)
             if MIN:
-                next_low, next_sublow = load_groups(mins, submins, rows, ahead, N, GROUP, SUB)
                 w = w + spread_groups(low, sublow, BN, GROUP, SUB, T)
-                low = next_low
-                sublow = next_sublow
+                low, sublow = load_groups(mins, submins, rows, ahead, N, GROUP, SUB)
         if CHAIN:
             acc = tl.dot(w, xt, acc, input_precision="ieee")
         elif AFTER:
             acc += tl.dot(w, xt, input_precision="ieee") * scale.to(tl.float32)
+            scale, subscale = load_groups(scales, subscales, rows, ahead, N, GROUP, SUB)
         else:
             acc += tl.dot(w, xt, input_precision="ieee")
-        if IN_LOOP:
-            scale = next_scale
-            subscale = next_subscale
 
     acc, last = gather_parts(acc, partial, counters, BN, BM)
     if last:
