@@ -32,4 +32,6 @@ def dequantize_kernel(
         low, sublow = load_groups(mins, submins, rows, b, N, GROUP, SUB)
         value = value + spread_groups(low, sublow, BN, GROUP, SUB, T)
     k = b * 128 + tl.arange(0, 128)
-    tl.store(w + n[:, None].to(tl.int64) * w_stride + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
+    tl.store(
+        w + n[:, None].to(tl.int64) * w_stride + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :]
+    )

@@ -24,7 +24,7 @@ scale * (code - zero) + min. Padding has code 0 and scale 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,7 @@ BLOCK = 128  # columns of a block
 SUPER = 256  # columns that share a super-scale
 PANEL = 16  # rows that the CPU core keeps side by side
 GROUPS = (16, 32, 64, 128)
+PLANES = ("codes", "extra", "scales", "subscales", "mins", "submins")
 EXTRA_BITS = {"u4": 0, "u5": 1, "u6": 2, "i8": 0}
 
 
@@ -56,7 +57,9 @@ class GpuMatrix:
     subscales: torch.Tensor | None
     mins: torch.Tensor | None
     submins: torch.Tensor | None
-    codebook: tuple[int, ...] | None = None  # what the CPU core's codes stood for, where i8 holds their values
+    codebook: tuple[int, ...] | None = (
+        None  # what the CPU core's codes stood for, where i8 holds their values
+    )
 
     @property
     def blocks(self) -> int:
@@ -69,7 +72,7 @@ class GpuMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of all planes, padding included."""
-        planes = (self.codes, self.extra, self.scales, self.subscales, self.mins, self.submins)
+        planes = (getattr(self, name) for name in PLANES)
         return sum(plane.nbytes for plane in planes if plane is not None)
 
 
@@ -115,7 +118,7 @@ def from_packed(packed: PackedMatrix, device: torch.device | str = "cpu") -> Gpu
     scales = per_group("scales", torch.float16, coarse)
     assert scales is not None
     words, extra = _pack_words(kind, codes)
-    return GpuMatrix(
+    matrix = GpuMatrix(
         kind,
         rows,
         cols,
@@ -129,6 +132,32 @@ def from_packed(packed: PackedMatrix, device: torch.device | str = "cpu") -> Gpu
         per_group("submins", torch.uint8, groups),
         codebook,
     )
+    if words.is_cuda:
+        torch.cuda.synchronize(words.device)  # kernels read weights before they wait for earlier work
+    return matrix
+
+
+def interleave_rows(gate: GpuMatrix, up: GpuMatrix) -> GpuMatrix:
+    """Rows in turn, gate's first: for a product with paired outputs.
+
+    Raises:
+        RequestError: matrices of different shapes or layouts.
+    """
+    if _layout(gate) != _layout(up):
+        raise RequestError("up", _layout(up), f"the layout of gate, {_layout(gate)}")
+
+    def merged(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+        if a is None or b is None:
+            return None
+        return torch.stack([a, b], dim=2).flatten(1, 2)
+
+    planes = {name: merged(getattr(gate, name), getattr(up, name)) for name in PLANES}
+    return replace(gate, rows=2 * gate.rows, **planes)
+
+
+def _layout(matrix: GpuMatrix) -> tuple[object, ...]:
+    present = tuple(name for name in PLANES if getattr(matrix, name) is not None)
+    return (matrix.kind, matrix.rows, matrix.cols, matrix.group, matrix.zero, present, matrix.codebook)
 
 
 def to_packed(matrix: GpuMatrix) -> PackedMatrix:
@@ -189,7 +218,10 @@ def unpack_codes(matrix: GpuMatrix) -> torch.Tensor:
     width = EXTRA_BITS[matrix.kind]
     if matrix.extra is not None:
         fields = torch.arange(16 // width, device=matrix.device) * width
-        high = matrix.extra.int()[:, None, :, None] >> fields.view(-1, 4)[None, :, None, :, None] & (1 << width) - 1
+        high = (
+            matrix.extra.int()[:, None, :, None] >> fields.view(-1, 4)[None, :, None, :, None]
+            & (1 << width) - 1
+        )
         codes |= high.flatten(0, 1)[:blocks] << 4
     return codes.to(torch.uint8).permute(1, 0, 2, 3).reshape(rows, blocks * BLOCK)
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+FORGOTTEN_BYTES = 256 << 20  # more than any second-level cache holds
 
-def seconds_per_call(calls: Sequence[Callable[[], object]], launches: int = 50, replays: int = 7) -> float:
-    """Median seconds of one call, over `replays` replays of a graph of at least `launches` launches.
 
-    Args:
-        calls: the same work on different buffers, launched in turn; together larger than the second-level cache.
-        launches: at least so many in a graph, in whole rounds.
-        replays: of which the median is taken, after one that is not counted.
-    """
-    for call in calls:
-        call()
+def rotating(make: Callable[[], T], nbytes: Callable[[T], int], copies: int | None = None) -> list[T]:
+    """Copies of an input to be read in turn, together too large for the cache; or `copies` of them."""
+    first = make()
+    wanted = copies or -(-FORGOTTEN_BYTES // nbytes(first)) + 1
+    return [first] + [make() for _ in range(wanted - 1)]
+
+
+def seconds_per_call(
+    call: Callable[[T], object], inputs: Sequence[T], launches: int = 50, replays: int = 5
+) -> float:
+    """Median seconds of one call, over `replays` replays of a graph of `launches` calls, the inputs in turn."""
+    call(inputs[0])
     torch.cuda.synchronize()
-    rounds = -(-launches // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
+        for i in range(launches):
+            call(inputs[i % len(inputs)])
     graph.replay()
     times = []
     for _ in range(replays):
@@ -34,4 +38,4 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], launches: int = 50, 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times) / (rounds * len(calls))
+    return statistics.median(times) / launches

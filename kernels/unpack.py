@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 
-
 def _fields(magic: str, high_bits: int) -> str:
     """Assembly: two words (and their extra bits) to four pairs of codes under an exponent, plane by plane."""
     lines = []
@@ -89,9 +88,13 @@ def load_codes(codes, extra, rows, b, N, KIND: tl.constexpr):
     b = tl.cast(b + rows * 0, tl.int64)
     words = tl.load(codes + (b * N + rows)[:, None] * WIDTH + c, eviction_policy="evict_first")
     if KIND == "u5":
-        high = tl.load(extra + (b // 4 * N + rows)[:, None] * WIDTH + c) >> tl.cast(b % 4 * 4, tl.int16)[:, None]
+        high = (
+            tl.load(extra + (b // 4 * N + rows)[:, None] * WIDTH + c) >> tl.cast(b % 4 * 4, tl.int16)[:, None]
+        )
     elif KIND == "u6":
-        high = tl.load(extra + (b // 2 * N + rows)[:, None] * WIDTH + c) >> tl.cast(b % 2 * 8, tl.int16)[:, None]
+        high = (
+            tl.load(extra + (b // 2 * N + rows)[:, None] * WIDTH + c) >> tl.cast(b % 2 * 8, tl.int16)[:, None]
+        )
     else:
         high = words
     return words, high
@@ -102,7 +105,9 @@ def _unpack_bytes(words, ROWS: tl.constexpr, T: tl.constexpr, NATIVE: tl.constex
     if NATIVE and T == tl.float16:
         low, up = tl.inline_asm_elementwise(_FP16_8, "=&r,=&r,r", [words], (tl.float16, tl.float16), True, 2)
     elif NATIVE and T == tl.bfloat16:
-        low, up = tl.inline_asm_elementwise(_BF16_8, "=&r,=&r,r", [words], (tl.bfloat16, tl.bfloat16), True, 2)
+        low, up = tl.inline_asm_elementwise(
+            _BF16_8, "=&r,=&r,r", [words], (tl.bfloat16, tl.bfloat16), True, 2
+        )
     else:
         low = words.to(tl.int8).to(T)
         up = (words >> 8).to(T)

@@ -163,7 +163,7 @@ def test_columns_need_only_be_whole_blocks() -> None:
 
 def assert_padding_is_inert(packed: _core.PackedMatrix) -> None:
     """Outputs and groups past the matrix have scale and minimum 0: kernels need not look where it ends."""
-    for name, plane in packed._planes().items():
+    for name, plane in packed.planes().items():
         assert not plane.flags.writeable
         if name == "codes" and packed.kind in ("f16", "bf16", "f32"):
             values = plane.reshape((packed.rows + 15) // 16, packed.cols, 16, -1)

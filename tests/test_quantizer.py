@@ -134,7 +134,7 @@ def test_padding_is_inert(rows: int, bits: int, group: int) -> None:
     cols = 67  # kp is 96: 5 groups of 16 hold columns and one none, 2 groups of 64 do
     w = np.random.default_rng(rows).standard_normal((rows, cols)).astype(np.float32)
     packed = _core.PackedMatrix.quantize(w, bits, group)
-    planes = packed._planes()
+    planes = packed.planes()
     for name in planes.keys() & {"scales", "mins"}:
         values = planes[name].view(np.uint16).reshape((rows + 15) // 16, -1, 16)
         assert values.shape[1] == -(-96 // group)

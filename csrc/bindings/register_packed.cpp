@@ -4,13 +4,16 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings/errors.h"
 #include "core/argument_error.h"
 #include "quant/packed.h"
+#include "quant/panels.h"
 
 namespace fastllm {
 
@@ -127,6 +130,66 @@ py::dict planes(const py::object& self) {
   return out;
 }
 
+py::object codebook(const PackedMatrix& matrix) {
+  if (!matrix.has_codebook) return py::none();
+  py::tuple out(16);
+  for (std::size_t i = 0; i < 16; ++i) out[i] = static_cast<int>(matrix.codebook[i]);
+  return out;
+}
+
+Codes integer_kind(const std::string& name) {
+  for (const Codes kind : {Codes::u4, Codes::u5, Codes::u6, Codes::u8})
+    if (name == codes_name(kind)) return kind;
+  throw ArgumentError("kind", name, "u4, u5, u6 or u8");
+}
+
+// The inverse of planes(): everything is checked but the codes themselves, of which every value is valid.
+PackedMatrix from_planes(const std::string& kind, std::int64_t rows, std::int64_t cols, int group, int zero,
+                         const py::dict& planes, const std::optional<std::vector<int>>& codebook) {
+  IntegerLayout layout{integer_kind(kind),      group,  zero, planes.contains("subscales"),
+                       planes.contains("mins"), nullptr};
+  check_shape(rows, cols);
+  const std::int64_t kp = (cols + 31) / 32 * 32;
+  if (group != 16 && group != 32 && group != 64 && group != 128 && group != kp)
+    throw ArgumentError("group", std::to_string(group), "16, 32, 64, 128 or " + std::to_string(kp));
+  if (zero < 0 || zero > 255 || (layout.mins && zero != 0) || (codebook && zero != 0))
+    throw ArgumentError("zero", std::to_string(zero), "0 to 255; 0 with minimums or a codebook");
+  std::int8_t values[16];
+  if (codebook) {
+    bool valid = codebook->size() == 16 && layout.kind == Codes::u4;
+    for (std::size_t i = 0; valid && i < 16; ++i) {
+      valid = (*codebook)[i] > -128 && (*codebook)[i] < 128;
+      values[i] = static_cast<std::int8_t>((*codebook)[i]);
+    }
+    if (!valid) throw ArgumentError("codebook", kind, "16 values, -127 to 127, of a u4 matrix");
+    layout.codebook = values;
+  }
+  PackedMatrix out = allocate_integers(rows, cols, layout);
+  std::size_t known = 0;
+  const auto fill = [&](const char* name, AlignedBuffer* buffer) {
+    if (!*buffer) return;
+    if (!planes.contains(name))
+      throw ArgumentError("planes", "no " + std::string(name), "all planes of the layout");
+    const auto array = py::cast<py::array>(planes[name]);
+    check_array(array, name, 1, has_dtype(array, "uint8"), "uint8");
+    if (static_cast<std::size_t>(array.nbytes()) != buffer->size())
+      throw ArgumentError(name, std::to_string(array.nbytes()) + " bytes",
+                          std::to_string(buffer->size()) + " bytes");
+    std::memcpy(buffer->as<std::uint8_t>(), array.data(), buffer->size());
+    ++known;
+  };
+  fill("codes", &out.codes);
+  fill("extra", &out.extra);
+  fill("scales", &out.scales);
+  fill("subscales", &out.subscales);
+  fill("mins", &out.mins);
+  fill("submins", &out.submins);
+  if (known != planes.size())
+    throw ArgumentError("planes", std::to_string(planes.size()) + " planes",
+                        std::to_string(known) + " of them");
+  return out;
+}
+
 std::string represent(const PackedMatrix& matrix) {
   return "<PackedMatrix " + std::to_string(matrix.rows) + " x " + std::to_string(matrix.cols) + ", " +
          matrix.layout() + ", " + std::to_string(matrix.nbytes()) + " bytes>";
@@ -168,7 +231,8 @@ Args:
     array: (rows, cols), C-contiguous: float32, float16, or uint16 holding bf16 bits.
     bits: 4 (codes 0..15 with an fp16 scale and an fp16 minimum per group, fitted for least squared error) or
         8 (codes -127..127 with an fp16 scale per group, largest magnitude / 127).
-    group: columns per scale: 16, 32, 64 or 128. The last group of a row may be shorter.
+    group: columns per scale: 16, 32, 64 or 128, the last group of a row may be shorter; with 8 bits also 0, a
+        scale per row.
 
 Raises:
     RequestError: naming row and column of a weight that is not finite, or too large for an fp16 scale
@@ -187,8 +251,22 @@ Raises:
           "How a value is stored: u4, u5, u6, u8, f16, bf16 or f32.")
       .def_property_readonly("layout", &PackedMatrix::layout,
                              "The layout in words, e.g. 'u4 g32 fp16 scale, fp16 min'.")
-      .def("_planes", &planes,
-           "The planes as they lie in memory: name to read-only uint8 array. For tests of the layout.")
+      .def_property_readonly(
+          "zero", [](const PackedMatrix& m) { return m.zero; }, "Subtracted from a code before scaling.")
+      .def_property_readonly("codebook", &codebook, "What the 16 codes stand for, or None: themselves.")
+      .def("planes", &planes,
+           R"(The planes as they lie in memory, see csrc/kernels/kernels.h: name to read-only uint8 array.)")
+      .def_static("from_planes", &from_planes, py::arg("kind"), py::arg("rows"), py::arg("cols"),
+                  py::arg("group"), py::arg("zero"), py::arg("planes"), py::arg("codebook") = py::none(),
+                  R"(The matrix whose planes() these are; the bytes are copied.
+
+Args:
+    kind: u4, u5, u6 or u8.
+    rows, cols, group, zero, codebook: as the properties of that name.
+    planes: codes and scales; extra of u5 and u6; subscales, mins and submins of layouts that have them.
+
+Raises:
+    RequestError: a layout that there is not, a missing or unknown plane, or one of another size.)")
       .def("__repr__", &represent);
 
   module.def("dequantize_ggml", &dequantize, py::arg("dtype"), py::arg("data").noconvert(), py::arg("rows"),

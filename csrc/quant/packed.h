@@ -76,9 +76,9 @@ void pack_float_panels(const FloatRows& w, std::int64_t panel_begin, std::int64_
                        PackedMatrix* out);
 
 // Quantizes fp32 w (rows, cols): bits 4 (unsigned codes with an fp16 scale and an fp16 min per group) or 8
-// (symmetric, fp16 scale per group). group: 16, 32, 64 or 128 columns; cols need not divide by it.
-// Refuses values that are not finite or whose scale fp16 cannot hold: |w| above 65504 (4 bits), 127 * 65504
-// (8).
+// (symmetric, fp16 scale per group). group: 16, 32, 64 or 128 columns, or 0 with 8 bits: a scale per row;
+// cols need not divide by it. Refuses values that are not finite or whose scale fp16 cannot hold: |w| above
+// 65504 (4 bits), 127 * 65504 (8).
 PackedMatrix quantize(const float* w, std::int64_t rows, std::int64_t cols, int bits, int group);
 PackedMatrix quantize(const FloatRows& w, int bits, int group);
 PackedMatrix allocate_quantized(std::int64_t rows, std::int64_t cols, int bits, int group);

@@ -194,8 +194,13 @@ void quantize_group8(const float* x, int count, std::uint8_t* const codes[kPanel
 
 PackedMatrix allocate_quantized(std::int64_t rows, std::int64_t cols, int bits, int group) {
   if (bits != 4 && bits != 8) throw ArgumentError("bits", std::to_string(bits), "4 or 8");
-  if (group != 16 && group != 32 && group != 64 && group != 128)
-    throw ArgumentError("group", std::to_string(group), "16, 32, 64 or 128");
+  if (bits == 8 && group == 0) {  // a scale per row
+    check_shape(rows, cols);
+    group = static_cast<int>((cols + 31) / 32 * 32);
+  } else if (group != 16 && group != 32 && group != 64 && group != 128) {
+    throw ArgumentError("group", std::to_string(group),
+                        bits == 8 ? "16, 32, 64, 128 or 0" : "16, 32, 64 or 128");
+  }
   if (bits == 4) return allocate_integers(rows, cols, {Codes::u4, group, 0, false, true, nullptr});
   return allocate_integers(rows, cols, {Codes::u8, group, 128, false, false, nullptr});
 }

@@ -33,7 +33,8 @@ def quantize(w: FloatArray, bits: int = 4, group: int = 32) -> PackedMatrix:
     Args:
         w: (N, K) = (outputs, inputs): float32, float16, or uint16 holding bf16 bits.
         bits: 4 or 8.
-        group: columns that share a scale: 16, 32, 64 or 128. The last group of a row may be shorter.
+        group: columns that share a scale: 16, 32, 64 or 128, the last group of a row may be shorter; with 8 bits
+            also 0, a scale per row.
 
     Returns:
         (N, K); about bits + 32 / group (4 bits) or bits + 16 / group (8 bits) bits per weight.

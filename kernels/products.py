@@ -1,0 +1,216 @@
+"""Products with packed weights: which kernel, which tile, and the launch."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastllm.kernels.dequantize import dequantize_kernel
+from fastllm.kernels.int8 import int8_kernel
+from fastllm.kernels.layout import BLOCK, GpuMatrix
+from fastllm.kernels.quantize import quantize_rows_kernel
+from fastllm.kernels.tiles import Table, Tile, table
+from fastllm.kernels.weight_only import weight_only_kernel
+
+COUNTERS = 1 << 16  # tiles of N x M that a split product may have
+PARTS = 64  # of K, at most
+DETERMINISTIC = 64  # the M whose tile every product takes, whatever its M, where a row must not depend on it
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1) instead of compiling them."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """sm_80, sm_90, ...; the interpreter takes sm_90's tiles."""
+    if device.type != "cuda":
+        return "sm_90"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter runs one program after another; a few, so that tests see K split
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tiles_of(device: torch.device) -> Table:
+    return table(architecture(device))
+
+
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _zeros(device: torch.device) -> torch.Tensor:
+    """int32 (COUNTERS,) of zeros, which every kernel leaves as it found them; a tensor for each stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    known = _counters.get((device, stream))
+    if known is None:
+        known = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _counters[device, stream] = known  # memory taken during a capture is the graph's
+    return known
+
+
+class _Grid:
+    """The programs of a product, and its scratch memory."""
+
+    def __init__(
+        self, like: torch.Tensor, m: int, w: GpuMatrix, tile: Tile, sums: torch.dtype, pinned: bool
+    ) -> None:
+        n_tiles = math.ceil(w.rows / tile.bn)
+        self.tiles = n_tiles * math.ceil(m / tile.bm)
+        # Pinned, the parts of K follow from the matrix alone: a row's sums must not depend on M.
+        wanted = multiprocessors(like.device) * tile.programs // (n_tiles if pinned else self.tiles)
+        self.parts = max(1, min(wanted, w.blocks, PARTS)) if self.tiles <= COUNTERS else 1
+        size = self.parts * self.tiles * tile.bn * tile.bm if self.parts > 1 else 1
+        self.partial = like.new_empty(size, dtype=sums)
+        self.counters = _zeros(like.device)
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before still runs (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _describable(x: torch.Tensor) -> bool:
+    """Whether the copy engine can read the matrix: rows and base at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """A pointer for an argument that the kernel does not read."""
+    return other if tensor is None else tensor
+
+
+def weight_only(
+    x: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None, paired: bool,
+    tile: Tile, pinned: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The product by weight_only.py, whose arguments are checked."""
+    m = x.shape[0]
+    y = x.new_empty(m, w.rows // 2 if paired else w.rows)
+    grid = _Grid(x, m, w, tile, torch.float32, pinned)
+    x_tiles, code_tiles = x, w.codes
+    descriptors = bool(tile.descriptors) and w.extra is None and _describable(x)
+    if descriptors:
+        words = w.codes.shape[2]
+        x_tiles = TensorDescriptor.from_tensor(x, [tile.bm, BLOCK])
+        code_tiles = TensorDescriptor.from_tensor(w.codes.view(-1, words), [tile.bn, words])
+    plain = w.group == BLOCK and w.subscales is None and w.mins is None
+    overlap = _overlaps(x.device)
+    weight_only_kernel[(grid.tiles, grid.parts)](
+        x, x_tiles, w.codes, code_tiles, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales),
+        _or(w.mins, w.scales), _or(w.submins, w.scales), _or(bias, y), _or(residual, y), y, grid.partial, grid.counters,
+        m, w.rows, w.cols, x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
+        KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
+        BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
+        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, AFTER=plain and tile.scales_sums, EVEN_K=w.cols % BLOCK == 0,
+        DESCRIPTORS=descriptors, OVERLAP=overlap, NATIVE=not interpreted(), num_warps=tile.warps, launch_pdl=overlap,
+    )  # fmt: skip
+    return y
+
+
+def int8(
+    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    paired: bool, dtype: torch.dtype, tile: Tile, pinned: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The product by int8.py, whose arguments are checked."""
+    m = q.shape[0]
+    y = q.new_empty(m, w.rows // 2 if paired else w.rows, dtype=dtype)
+    grid = _Grid(q, m, w, tile, torch.float32 if w.group else torch.int32, pinned)
+    weights = w.codes.view(torch.int8).view(w.blocks * w.rows, BLOCK)
+    x_tiles, w_tiles = q, weights
+    if tile.descriptors:
+        columns = w.group or BLOCK
+        x_tiles = TensorDescriptor.from_tensor(q, [tile.bm, columns])
+        w_tiles = TensorDescriptor.from_tensor(weights, [tile.bn, columns])
+    overlap = _overlaps(q.device)
+    int8_kernel[(grid.tiles, grid.parts)](
+        q, x_tiles, scale, weights, w_tiles, w.scales, _or(w.subscales, w.scales), _or(bias, y), _or(residual, y), y,
+        grid.partial, grid.counters,
+        m, w.rows, w.cols, 0 if residual is None else residual.stride(0), y.stride(0),
+        GROUP=w.group, SUB=w.subscales is not None,
+        BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
+        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, DESCRIPTORS=bool(tile.descriptors), OVERLAP=overlap,
+        num_warps=tile.warps, launch_pdl=overlap,
+    )  # fmt: skip
+    return y
+
+
+def quantize_rows(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel of quantize.py, whose arguments are checked."""
+    m, k = x.shape
+    stored = math.ceil(k / BLOCK) * BLOCK
+    q = x.new_empty(m, stored, dtype=torch.int8)
+    scale = x.new_empty(m, dtype=torch.float32)
+    columns = triton.next_power_of_2(stored)
+    quantize_rows_kernel[(m,)](
+        x, _or(weight, x), q, scale, k, x.stride(0), eps,
+        NORM=weight is not None, COLUMNS=columns, num_warps=min(16, max(1, columns // 1024)), enable_fp_fusion=False,
+    )  # fmt: skip
+    return q, scale
+
+
+def dequantize(w: GpuMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """The kernel of dequantize.py."""
+    out = torch.empty(w.rows, w.cols, dtype=dtype, device=w.device)
+    rows = 64
+    dequantize_kernel[(math.ceil(w.rows / rows), w.blocks)](
+        w.codes, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales), _or(w.mins, w.scales),
+        _or(w.submins, w.scales), out, w.rows, w.cols, out.stride(0),
+        KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
+        BN=rows, NATIVE=not interpreted(), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def dequantized_product(
+    x: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None, paired: bool
+) -> torch.Tensor:
+    """By the vendor's library: with many rows the weights' conversion is a small part of the work."""
+    y = torch.nn.functional.linear(x, dequantize(w, x.dtype), bias)
+    if paired:
+        y = torch.nn.functional.silu(y[:, 0::2]) * y[:, 1::2]
+    return y if residual is None else y + residual
+
+
+def choose_weight_only(
+    x: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None, paired: bool,
+    deterministic: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The product by the path that the table names for M; by one path for all M if deterministic."""
+    m = x.shape[0]
+    choices = tiles_of(x.device)
+    if deterministic:
+        return weight_only(x, w, bias, residual, paired, choices.tile(w.kind, DETERMINISTIC), pinned=True)
+    if m >= choices.dequantize_from:
+        return dequantized_product(x, w, bias, residual, paired)
+    return weight_only(x, w, bias, residual, paired, choices.tile(w.kind, m))
+
+
+def choose_int8(
+    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    paired: bool, dtype: torch.dtype, deterministic: bool,
+) -> torch.Tensor:  # fmt: skip
+    rows = DETERMINISTIC if deterministic else q.shape[0]
+    return int8(
+        q,
+        scale,
+        w,
+        bias,
+        residual,
+        paired,
+        dtype,
+        tiles_of(q.device).tile("int8", rows),
+        pinned=deterministic,
+    )
