@@ -117,7 +117,10 @@ CHECKED = [
     for n, k in ((1024, 1024), (560, 576), (704, 2112), (1536, 704))
     for dtype in ("bfloat16", "float16")
 ]
-BOUNDS = {"bfloat16": 8e-3, "float16": 1e-3}  # of the relative error: rounding of the result, of scales, of weights
+BOUNDS = {
+    "bfloat16": 8e-3,
+    "float16": 1e-3,
+}  # of the relative error: rounding of the result, of scales, of weights
 
 
 def check_one(job: tuple[str, int, int, int, str]) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ def dequantize_kernel(
     rows = tl.minimum(n, N - 1)
     b = tl.program_id(1)
     T: tl.constexpr = w.dtype.element_ty
-    words, high = load_codes(codes, extra, rows, b, N, KIND)
-    value = unpack_codes(words, high, BN, KIND, ZERO, T, NATIVE)
+    words, high, shift = load_codes(codes, extra, rows, b, N, KIND)
+    value = unpack_codes(words, high, shift, BN, KIND, ZERO, T, NATIVE)
     scale, subscale = load_groups(scales, subscales, rows, b, N, GROUP, SUB)
     value = value * spread_groups(scale, subscale, BN, GROUP, SUB, T)
     if MIN:

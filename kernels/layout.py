@@ -19,7 +19,7 @@ for int8 products have their bytes in the order of i8 (`quantize.py`).
     submins        uint8 (groups, N) or None: likewise
 
 groups are those of B whole blocks, or 1 where a row has one scale (group == 0). A code stands for
-scale * (code - zero) + min. Padding has code 0 and scale 0.
+scale * (code - zero) + min. What stands in columns from K on meets activations that are 0.
 """
 
 from __future__ import annotations
@@ -68,6 +68,18 @@ class GpuMatrix:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    @property
+    def plain(self) -> bool:
+        """Whether one scale, and no minimum, stands for a whole block, so that it can wait for the block's sums."""
+        return self.group == BLOCK and self.subscales is None and self.mins is None
+
+    @property
+    def tile_kind(self) -> str:
+        """Which tiles of `tiles.py` the matrix takes."""
+        if self.extra is not None:
+            return "u6"
+        return "u4 groups" if self.kind == "u4" and not self.plain else self.kind
 
     @property
     def nbytes(self) -> int:

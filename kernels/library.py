@@ -5,7 +5,6 @@ Arguments arrive checked (`fastllm.kernels`); the fake implementations give shap
 
 # No postponed annotations here: torch reads an operator's schema from them.
 
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from fastllm.kernels.layout import BLOCK, GpuMatrix
 
 @torch.library.custom_op("fastllm::weight_only_matmul", mutates_args=())
 def weight_only_matmul(
-    x: Tensor, codes: Tensor, extra: Optional[Tensor], scales: Tensor, subscales: Optional[Tensor],
-    mins: Optional[Tensor], submins: Optional[Tensor], kind: str, cols: int, group: int, zero: int,
-    bias: Optional[Tensor], residual: Optional[Tensor], paired: bool, deterministic: bool,
+    x: Tensor, codes: Tensor, extra: Tensor | None, scales: Tensor, subscales: Tensor | None,
+    mins: Tensor | None, submins: Tensor | None, kind: str, cols: int, group: int, zero: int,
+    bias: Tensor | None, residual: Tensor | None, paired: bool, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     w = GpuMatrix(kind, codes.shape[1], cols, group, zero, codes, extra, scales, subscales, mins, submins)
     return products.choose_weight_only(x, w, bias, residual, paired, deterministic)
@@ -32,8 +31,8 @@ def _(x, codes, extra, scales, subscales, mins, submins, kind, cols, group, zero
 
 @torch.library.custom_op("fastllm::int8_matmul", mutates_args=())
 def int8_matmul(
-    q: Tensor, scale: Tensor, codes: Tensor, scales: Tensor, subscales: Optional[Tensor], cols: int, group: int,
-    bias: Optional[Tensor], residual: Optional[Tensor], paired: bool, dtype: torch.dtype, deterministic: bool,
+    q: Tensor, scale: Tensor, codes: Tensor, scales: Tensor, subscales: Tensor | None, cols: int, group: int,
+    bias: Tensor | None, residual: Tensor | None, paired: bool, dtype: torch.dtype, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     w = GpuMatrix("i8", codes.shape[1], cols, group, 0, codes, None, scales, subscales, None, None)
     return products.choose_int8(q, scale, w, bias, residual, paired, dtype, deterministic)
@@ -46,7 +45,7 @@ def _(q, scale, codes, scales, subscales, cols, group, bias, residual, paired, d
 
 
 @torch.library.custom_op("fastllm::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor, weight: Optional[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     return products.quantize_rows(x, weight, eps)
 
 
@@ -58,8 +57,8 @@ def _(x, weight, eps):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("fastllm::dequantize", mutates_args=())
 def dequantize(
-    codes: Tensor, extra: Optional[Tensor], scales: Tensor, subscales: Optional[Tensor], mins: Optional[Tensor],
-    submins: Optional[Tensor], kind: str, cols: int, group: int, zero: int, dtype: torch.dtype,
+    codes: Tensor, extra: Tensor | None, scales: Tensor, subscales: Tensor | None, mins: Tensor | None,
+    submins: Tensor | None, kind: str, cols: int, group: int, zero: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     w = GpuMatrix(kind, codes.shape[1], cols, group, zero, codes, extra, scales, subscales, mins, submins)
     return products.dequantize(w, dtype)

@@ -104,7 +104,6 @@ def weight_only(
         words = w.codes.shape[2]
         x_tiles = TensorDescriptor.from_tensor(x, [tile.bm, BLOCK])
         code_tiles = TensorDescriptor.from_tensor(w.codes.view(-1, words), [tile.bn, words])
-    plain = w.group == BLOCK and w.subscales is None and w.mins is None
     overlap = _overlaps(x.device)
     weight_only_kernel[(grid.tiles, grid.parts)](
         x, x_tiles, w.codes, code_tiles, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales),
@@ -112,8 +111,9 @@ def weight_only(
         m, w.rows, w.cols, x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
         KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
         BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
-        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, AFTER=plain and tile.scales_sums, EVEN_K=w.cols % BLOCK == 0,
+        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, AFTER=w.plain and tile.scales_sums, EVEN_K=w.cols % BLOCK == 0,
         DESCRIPTORS=descriptors, OVERLAP=overlap, NATIVE=not interpreted(), num_warps=tile.warps, launch_pdl=overlap,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -140,7 +140,7 @@ def int8(
         GROUP=w.group, SUB=w.subscales is not None,
         BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
         BN=tile.bn, BM=tile.bm, STAGES=tile.stages, DESCRIPTORS=bool(tile.descriptors), OVERLAP=overlap,
-        num_warps=tile.warps, launch_pdl=overlap,
+        num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -192,10 +192,12 @@ def choose_weight_only(
     m = x.shape[0]
     choices = tiles_of(x.device)
     if deterministic:
-        return weight_only(x, w, bias, residual, paired, choices.tile(w.kind, DETERMINISTIC), pinned=True)
+        return weight_only(
+            x, w, bias, residual, paired, choices.tile(w.tile_kind, DETERMINISTIC), pinned=True
+        )
     if m >= choices.dequantize_from:
         return dequantized_product(x, w, bias, residual, paired)
-    return weight_only(x, w, bias, residual, paired, choices.tile(w.kind, m))
+    return weight_only(x, w, bias, residual, paired, choices.tile(w.tile_kind, m))
 
 
 def choose_int8(

@@ -29,11 +29,9 @@ def quantize_rows_kernel(x, weight, q, scale, K, x_stride, eps, NORM: tl.constex
         mean = tl.sum(tl.reshape(v * v, (COLUMNS,))) / K
         v = v * (1.0 / tl.sqrt_rn(mean + eps)) * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
     most = tl.max(tl.reshape(tl.abs(v), (COLUMNS,)))
-    inverse = tl.where(most > 0, tl.div_rn(127.0, most), 0.0)
-    inverse = tl.where(
-        inverse < float("inf"), inverse, 0.0
-    )  # a row too small to have an inverse counts as zeros
-    tl.store(scale + row, tl.where(inverse > 0, tl.div_rn(most, 127.0), 0.0))
+    some = most > 127 / 2**128  # a row too small for its inverse counts as zeros
+    inverse = tl.where(some, tl.div_rn(127.0, tl.where(some, most, 1.0)), 0.0)
+    tl.store(scale + row, tl.where(some, tl.div_rn(most, 127.0), 0.0))
     # 1.5 * 2^23: adding it rounds to an integer, to even where two are as near
     rounded = (v * inverse + 12582912.0) - 12582912.0
     bytes = rounded.to(tl.int8).permute(0, 2, 1).reshape(COLUMNS)

@@ -20,8 +20,11 @@ import triton.language as tl
 
 
 def _fields(magic: str, high_bits: int) -> str:
-    """Assembly: two words (and their extra bits) to four pairs of codes under an exponent, plane by plane."""
-    lines = []
+    """Assembly: two words to four pairs of codes under an exponent, plane by plane.
+
+    $4: the words; $5: those of the extra bits; $6: at which bit of them this block's begin (in both halves).
+    """
+    lines = ["and.b32 a, $6, 15; shr.b32 extra, $5, a;"] if high_bits else []
     for p in range(4):
         source = "$4"
         if p:
@@ -30,10 +33,10 @@ def _fields(magic: str, high_bits: int) -> str:
         lines.append(f"lop3.b32 $%d, {source}, 0x000F000F, {magic}, 0xEA;" % p)  # a & b | c
         if high_bits:
             up = 4 - high_bits * p
-            shift = f"shl.b32 b, $5, {up};" if up >= 0 else f"shr.b32 b, $5, {-up};"
+            shift = f"shl.b32 b, extra, {up};" if up >= 0 else f"shr.b32 b, extra, {-up};"
             mask = "0x00100010" if high_bits == 1 else "0x00300030"
             lines += [shift, f"lop3.b32 ${p}, b, {mask}, ${p}, 0xEA;"]
-    return "{ .reg .b32 a, b; " + " ".join(lines) + " }"
+    return "{ .reg .b32 a, b, extra; " + " ".join(lines) + " }"
 
 
 def _bytes_fp16() -> str:
@@ -46,16 +49,16 @@ def _bytes_fp16() -> str:
 
 
 def _bytes_bf16() -> str:
-    """Assembly: two words of signed bytes to two pairs of bf16, from halves: see above."""
-    lines = ["{ .reg .b32 a, low, high, z; mov.b32 z, 0x45104510;"]  # 2304
+    """Assembly: two words of signed bytes to two pairs of bf16, from halves: see above. (fma, for sm_80 has no add.)"""
+    lines = ["{ .reg .b32 a, low, high, one, z; mov.b32 one, 0x3F803F80; mov.b32 z, 0xC510C510;"]  # 1, -2304
     for p in range(2):
         lines += [
             f"shr.b32 a, $2, {8 * p};",
             "lop3.b32 low, a, 0x000F000F, 0x43004300, 0xEA;",  # 128 + low
             f"shr.b32 a, $2, {8 * p + 4};",
             "lop3.b32 high, a, 0x000F000F, 0x45084508, 0x6A;",  # 2048 + 16 (high ^ 8)
-            "sub.bf16x2 high, high, z;",
-            f"add.bf16x2 ${p}, high, low;",
+            "fma.rn.bf16x2 high, high, one, z;",
+            f"fma.rn.bf16x2 ${p}, high, one, low;",
         ]
     return " ".join(lines) + " }"
 
@@ -82,29 +85,28 @@ def _interleave_pairs(a, b, ROWS: tl.constexpr):
 
 @triton.jit
 def load_codes(codes, extra, rows, b, N, KIND: tl.constexpr):
-    """Words of `rows` (R,) in block b, or in blocks b (R,): (R, 32 or 64), and their extra bits, moved down to bit 0."""
+    """Words of `rows` (R,) in block b: (R, 32 or 64); those of the extra bits, and at which bit of them b's begin."""
     WIDTH: tl.constexpr = 64 if KIND == "i8" else 32
     c = tl.arange(0, WIDTH)[None, :]
-    b = tl.cast(b + rows * 0, tl.int64)
+    b = tl.cast(b, tl.int64)
     words = tl.load(codes + (b * N + rows)[:, None] * WIDTH + c, eviction_policy="evict_first")
     if KIND == "u5":
-        high = (
-            tl.load(extra + (b // 4 * N + rows)[:, None] * WIDTH + c) >> tl.cast(b % 4 * 4, tl.int16)[:, None]
-        )
+        high = tl.load(extra + (b // 4 * N + rows)[:, None] * WIDTH + c)
+        shift = b % 4 * 4
     elif KIND == "u6":
-        high = (
-            tl.load(extra + (b // 2 * N + rows)[:, None] * WIDTH + c) >> tl.cast(b % 2 * 8, tl.int16)[:, None]
-        )
+        high = tl.load(extra + (b // 2 * N + rows)[:, None] * WIDTH + c)
+        shift = b % 2 * 8
     else:
         high = words
-    return words, high
+        shift = b * 0
+    return words, high, tl.full((1, 1), shift, tl.int16)
 
 
 @triton.jit
 def _unpack_bytes(words, ROWS: tl.constexpr, T: tl.constexpr, NATIVE: tl.constexpr):
-    if NATIVE and T == tl.float16:
+    if NATIVE and tl.float16 == T:
         low, up = tl.inline_asm_elementwise(_FP16_8, "=&r,=&r,r", [words], (tl.float16, tl.float16), True, 2)
-    elif NATIVE and T == tl.bfloat16:
+    elif NATIVE and tl.bfloat16 == T:
         low, up = tl.inline_asm_elementwise(
             _BF16_8, "=&r,=&r,r", [words], (tl.bfloat16, tl.bfloat16), True, 2
         )
@@ -115,25 +117,26 @@ def _unpack_bytes(words, ROWS: tl.constexpr, T: tl.constexpr, NATIVE: tl.constex
 
 
 @triton.jit
-def _unpack_nibbles(words, high, ROWS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr,
+def _unpack_nibbles(words, high, shift, ROWS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr,
                     NATIVE: tl.constexpr):  # fmt: skip
     """BITS: how many a code has beyond four."""
-    if NATIVE and T == tl.float16:
+    if NATIVE and tl.float16 == T:
         ASM: tl.constexpr = _FP16_4 if BITS == 0 else _FP16_5 if BITS == 1 else _FP16_6
         q0, q1, q2, q3 = tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,=&r,=&r,r,r", [words, high],
+            ASM, "=&r,=&r,=&r,=&r,r,r,r", [words, high, shift],
             (tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
         )  # fmt: skip
         OFFSET: tl.constexpr = 1024 + ZERO
-    elif NATIVE and T == tl.bfloat16:
+    elif NATIVE and tl.bfloat16 == T:
         ASM: tl.constexpr = _BF16_4 if BITS == 0 else _BF16_5 if BITS == 1 else _BF16_6
         q0, q1, q2, q3 = tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,=&r,=&r,r,r", [words, high],
+            ASM, "=&r,=&r,=&r,=&r,r,r,r", [words, high, shift],
             (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
         )  # fmt: skip
         OFFSET: tl.constexpr = 128 + ZERO
     else:
         MASK: tl.constexpr = (1 << BITS) - 1
+        high = high >> shift
         q0 = ((words & 15) | ((high & MASK) << 4)).to(T)
         q1 = (((words >> 4) & 15) | (((high >> BITS) & MASK) << 4)).to(T)
         q2 = (((words >> 8) & 15) | (((high >> 2 * BITS) & MASK) << 4)).to(T)
@@ -144,23 +147,22 @@ def _unpack_nibbles(words, high, ROWS: tl.constexpr, BITS: tl.constexpr, ZERO: t
 
 
 @triton.jit
-def unpack_codes(words, high, ROWS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr,
+def unpack_codes(words, high, shift, ROWS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr,
                  NATIVE: tl.constexpr):  # fmt: skip
     """(ROWS, 128) numbers code - zero of type T."""
     if KIND == "i8":
         numbers = _unpack_bytes(words, ROWS, T, NATIVE)
     else:
         BITS: tl.constexpr = 0 if KIND == "u4" else 1 if KIND == "u5" else 2
-        numbers = _unpack_nibbles(words, high, ROWS, BITS, ZERO, T, NATIVE)
+        numbers = _unpack_nibbles(words, high, shift, ROWS, BITS, ZERO, T, NATIVE)
     return numbers
 
 
 @triton.jit
 def load_groups(scales, subscales, rows, b, N, GROUP: tl.constexpr, SUB: tl.constexpr):
-    """Scales (or minimums) of `rows` (R,) in block b, or blocks b (R,), as stored: (R, G), and sub-scales if SUB."""
+    """Scales (or minimums) of `rows` (R,) in block b as stored: (R, G), and sub-scales if SUB."""
     G: tl.constexpr = 128 // GROUP if GROUP else 1
     g = tl.arange(0, G)[None, :]
-    b = (b + rows * 0)[:, None]
     row = rows[:, None]
     if SUB:
         fine = tl.load(subscales + row + (b * G + g) * N)

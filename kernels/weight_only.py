@@ -68,15 +68,16 @@ def weight_only_kernel(
         if DESCRIPTORS:
             words = code_tiles.load([b * N + n0, 0])
             high = words
+            shift = tl.full((1, 1), 0, tl.int16)
             xt = x_tiles.load([m0, b * 128]).T
         else:
-            words, high = load_codes(codes, extra, rows, b, N, KIND)
+            words, high, shift = load_codes(codes, extra, rows, b, N, KIND)
             mask = (m < M)[None, :]
             if not EVEN_K:
                 mask = mask & (b * 128 + k < K)[:, None]
             x_at = x + m[None, :].to(tl.int64) * x_stride + (b * 128 + k)[:, None]
             xt = tl.load(x_at, mask=mask, other=0.0)
-        w = unpack_codes(words, high, BN, KIND, ZERO, T, NATIVE)
+        w = unpack_codes(words, high, shift, BN, KIND, ZERO, T, NATIVE)
         # The next block's scales are asked for as soon as this one's are used: into the same registers, since a copy
         # would wait for them.
         ahead = tl.minimum(b + 1, end - 1)

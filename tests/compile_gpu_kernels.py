@@ -8,6 +8,8 @@ replaced by recorders, which compile what they are called with.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -73,8 +75,11 @@ class Recorder:
             fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes
         )
         capability = int(self.target.removeprefix("sm_"))
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        self.results.append({"target": self.target, **self.label, **inspect(compiled)})
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):  # where dump_ptxas_log goes
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        notes = {"serialized": "wgmma.mma_async instructions are serialized" in log.getvalue()}
+        self.results.append({"target": self.target, **self.label, **inspect(compiled), **notes})
 
 
 def inspect(compiled: Any) -> dict[str, Any]:
@@ -82,12 +87,18 @@ def inspect(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        code = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        )
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
     assert resources is not None, usage.stdout
     registers, stack, local = map(int, resources.groups())
-    operations = Counter(re.findall(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z]\w*)", code.stdout, re.MULTILINE))
+    operations = Counter(
+        re.findall(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z]\w*)", code.stdout, re.MULTILINE)
+    )
     return {
         "registers": registers,
         "spilled": stack + local,
@@ -97,23 +108,7 @@ def inspect(compiled: Any) -> dict[str, Any]:
             for name in ("HGMMA", "IGMMA", "HMMA", "IMMA", "LDSM", "UTMALDG", "LDL", "STL", "I2F")
             if operations[name]
         },
-        # wgmma that wait for each other show as one wait for each
-        "waits": len(re.findall(r"wgmma\.wait_group", compiled.asm["ptx"])),
-        "serialized": serialized(compiled.asm["ptx"], compiled.metadata.target.arch),
     }
-
-
-def serialized(ptx: str, capability: int) -> bool:
-    """Whether ptxas gave up overlapping wgmma (its note C7510 and those after)."""
-    if capability != 90 or "wgmma" not in ptx:
-        return False
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        done = subprocess.run(
-            [TOOLS / "ptxas", "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
-        )
-    return "wgmma.mma_async instructions are serialized" in done.stderr
 
 
 def weights(kind: str, group: int, sub: bool, minimum: bool, n: int = 256, k: int = 512) -> GpuMatrix:
@@ -157,19 +152,22 @@ def jobs(target: str) -> Iterator[tuple[str, str, int, Tile, torch.dtype]]:
     for m, tile in tiles["int8"]:
         yield "int8", "i8 row", m, tile, torch.bfloat16
     yield "int8", "i8 g32", 64, tiles["int8"][1][1], torch.float16
-    for layout_name, (kind, *_) in LAYOUTS.items():
-        choices = tiles.get(kind, tiles["u4"])
-        for m, tile in (choices[0], choices[-1]):
+    for layout_name, description in LAYOUTS.items():
+        choices = tiles[weights(*description).tile_kind]
+        for m, tile in choices if layout_name == "u4 g32 sub min" else (choices[0], choices[-1]):
             yield "weight_only", layout_name, m, tile, torch.float16
 
 
 def main() -> None:
+    triton.knobs.nvidia.dump_ptxas_log = True
     for target in sys.argv[1:]:
         results: list[dict[str, Any]] = []
         recorders = {}
         for name in ("weight_only_kernel", "int8_kernel", "quantize_rows_kernel", "dequantize_kernel"):
             kernel = getattr(products, name)
-            recorders[name] = Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, target, results)
+            recorders[name] = Recorder(
+                kernel.kernel if isinstance(kernel, Recorder) else kernel, target, results
+            )
             setattr(products, name, recorders[name])
         products._overlaps = lambda _: target >= "sm_90"  # type: ignore[assignment]
         for path, layout_name, m, tile, dtype in dict.fromkeys(jobs(target)):

@@ -231,6 +231,8 @@ void quantize_panels(const FloatRows& w, std::int64_t panel_begin, std::int64_t 
         quantize_group4(x.data() + k * kPanel, count, codes, out->scales.as<std::uint16_t>() + at,
                         out->mins.as<std::uint16_t>() + at);
     }
+    for (std::int64_t n = out->rows - panel * kPanel; n < kPanel; ++n)  // outputs that the panel lacks
+      std::fill_n(rows[n], kp, std::uint8_t{0});
     store_codes(out, panel, 0, kp, rows);
   }
 }

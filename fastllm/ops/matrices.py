@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 import numpy.typing as npt
 
@@ -18,6 +19,11 @@ from fastllm.ops.arrays import (
     contiguous,
     describe,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastllm.kernels import GpuMatrix
 
 FloatArray = npt.NDArray[Any]  # float32, float16, or uint16 holding bf16 bits
 _WEIGHTS = "a 2-D array of float32, float16 or uint16 (bf16 bits)"
@@ -83,8 +89,19 @@ def from_ggml(
     )
 
 
-def dequantize(w: PackedMatrix) -> Float32Array:
-    """The values of a packed matrix, float32 (N, K): bit for bit those of the format it was packed from."""
+@overload
+def dequantize(w: PackedMatrix) -> Float32Array: ...
+@overload
+def dequantize(w: GpuMatrix) -> torch.Tensor: ...
+def dequantize(w: PackedMatrix | GpuMatrix) -> Float32Array | torch.Tensor:
+    """The values of a packed matrix, float32 (N, K): bit for bit those of the format it was packed from.
+
+    Of a `fastllm.kernels.GpuMatrix` as a tensor on its device.
+    """
+    if _is_tensor_matrix(w):
+        from fastllm import kernels
+
+        return kernels.dequantize(w)
     _check_packed("dequantize", w)
     return w.unpack()
 
@@ -111,10 +128,17 @@ def quantize_rows(x: Float32Array) -> tuple[Int8Array, Float32Array]:
     return _core.quantize_rows(contiguous(x))
 
 
+@overload
 def matmul(
     x: Float32Array, w: PackedMatrix, residual: Float32Array | None = None, *, threads: int = 0
-) -> Float32Array:
+) -> Float32Array: ...
+@overload
+def matmul(x: torch.Tensor, w: GpuMatrix, residual: torch.Tensor | None = None) -> torch.Tensor: ...
+def matmul(x: Any, w: Any, residual: Any = None, *, threads: int = 0) -> Any:
     """y = x w^T + residual.
+
+    With a torch tensor x and a `fastllm.kernels.GpuMatrix` w it is `fastllm.kernels.matmul`, which has more options;
+    what follows is the CPU's.
 
     With a quantized w the activations are quantized first, see `quantize_rows`; products and sums within a
     group are exact integers, and groups are added in ascending order by fp32 fused multiply-adds. A row of y
@@ -129,6 +153,16 @@ def matmul(
     Returns:
         float32 (M, N).
     """
+    if _is_tensor(x) or _is_tensor_matrix(w):
+        from fastllm import kernels
+
+        if not _is_tensor(x):
+            raise RequestError("matmul: x", f"{describe(x)} with a GpuMatrix", "a tensor on the device of w")
+        if not _is_tensor_matrix(w):
+            raise RequestError(
+                "matmul: w", describe(w), "a GpuMatrix beside a tensor, as kernels.from_packed makes it"
+            )
+        return kernels.matmul(x, w, residual=residual)
     _check_packed("matmul", w)
     return _core.matmul(contiguous(x), w, None if residual is None else contiguous(residual), threads=threads)
 
@@ -145,6 +179,17 @@ def embedding(w: PackedMatrix, ids: Int32Array) -> Float32Array:
     """
     _check_packed("embedding", w)
     return _core.embedding(w, contiguous(ids))
+
+
+def _is_tensor(x: object) -> bool:
+    """Without importing torch: who has a tensor has imported it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _is_tensor_matrix(w: object) -> TypeGuard[GpuMatrix]:
+    kernels = sys.modules.get("fastllm.kernels")
+    return kernels is not None and isinstance(w, kernels.GpuMatrix)
 
 
 def _check_packed(call: str, w: object) -> None:

@@ -1,0 +1,76 @@
+"""What the compiler makes of the Triton kernels, for every entry of the tables: no GPU is needed for that.
+
+compile_gpu_kernels.py does it, in processes of its own: here the kernels may be interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastllm.kernels.tiles import ARCHITECTURES
+
+SCRIPT = Path(__file__).parent / "compile_gpu_kernels.py"
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}  # that a program may have
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Architecture -> what compile_gpu_kernels.py says of each kernel; two compile at a time."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+
+    def run(architecture: str) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", SCRIPT, architecture],
+            capture_output=True, text=True, env=environment, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(run, ARCHITECTURES), strict=True))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_spills_and_shared_memory_suffices(
+    architecture: str, compiled: dict[str, list[dict[str, Any]]]
+) -> None:
+    kernels = compiled[architecture]
+    assert len(kernels) >= 25
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert not {"LDL", "STL"} & kernel["operations"].keys(), kernel
+        assert kernel["shared"] <= SHARED_BYTES[architecture], kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tensor_cores_multiply(architecture: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    for kernel in compiled[architecture]:
+        if kernel["path"] == "others":
+            continue
+        operations = kernel["operations"]
+        if architecture == "sm_90":
+            wanted = {"IGMMA" if kernel["path"] == "int8" else "HGMMA"}
+            if kernel["tile"][1] < 16:
+                wanted.add("HMMA")  # compilers differ about 8 columns
+            assert not kernel["serialized"], kernel  # ptxas keeps several wgmma in flight
+        else:
+            wanted = {"IMMA" if kernel["path"] == "int8" else "HMMA"}
+        assert wanted & operations.keys(), kernel
+        # Weights do not go through the conversion unit: what is left converts sub-scales and indices.
+        assert operations.get("I2F", 0) <= 16 or kernel["path"] == "int8", kernel
+
+
+def test_hopper_reads_by_the_copy_engine(compiled: dict[str, list[dict[str, Any]]]) -> None:
+    for kernel in compiled["sm_90"]:
+        if kernel["tile"] and kernel["tile"][5] and not kernel["layout"].startswith(("u5", "u6")):
+            assert kernel["operations"].get("UTMALDG", 0) > 0, kernel
