@@ -2,11 +2,11 @@
 
     python bench/gpu_matmul.py --out docs/benchmarks/gpu_matmul.json
 
-Times are medians of replays of a CUDA graph of 50 launches over weights that rotate through more memory than the
-cache holds. Beside ours run torch's bf16 product (cuBLAS), its int4 product (_weight_int4pack_mm), its int8 product
-(_int_mm) and, where it can be imported, gemlite; and the machine's limits: a plain read of the same bytes, the copy
-bandwidth, the bf16 rate. --peers DIR is put on the import path (for gemlite); --deadline ends the run in time, and what
-was not reached is missing from the record, never estimated.
+Times are medians of replays of a CUDA graph of 50 launches over weights that rotate through more memory than
+the cache holds. Beside ours run torch's bf16 product (cuBLAS), its int4 product (_weight_int4pack_mm), its
+int8 product (_int_mm) and, where it can be imported, gemlite; and the machine's limits: a plain read of the
+same bytes, the copy bandwidth, the bf16 rate. --peers DIR is put on the import path (for gemlite); --deadline
+ends the run in time, and what was not reached is missing from the record, never estimated.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -31,9 +32,11 @@ from fastllm import kernels
 from fastllm.kernels.layout import GpuMatrix, unpack_codes
 from fastllm.kernels.timing import rotating, seconds_per_call
 from fastllm.kernels.tune import random_matrix
+from fastllm.reference.integer import quantize_activations
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
-# Layers (N, K) of Llama 3.2 1B and 3 8B, of Qwen 2.5 32B and of Llama 3 70B: attention in and out, MLP in and out.
+# Layers (N, K) of Llama 3.2 1B and 3 8B, of Qwen 2.5 32B and of Llama 3 70B: attention in and out, MLP in and
+# out.
 MODELS = {
     "70B": ((8192, 8192), (10240, 8192), (57344, 8192), (8192, 28672)),
     "8B": ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)),
@@ -80,7 +83,7 @@ class Clock:
 
 
 def limits(read_bytes: int) -> dict[str, float]:
-    """Seconds to read these bytes, the copy bandwidth in bytes/s (read and written) and the bf16 rate in FLOP/s."""
+    """Seconds to read these bytes, copy bandwidth in bytes/s (read and written), bf16 rate in FLOP/s."""
     words, block, steps = read_bytes // 4, 1024, 8
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     data = rotating(
@@ -139,8 +142,8 @@ def check_one(job: tuple[str, int, int, int, str]) -> list[dict[str, Any]]:
                 same = torch.equal(y, kernels.matmul(x, w, **call))
                 seen = x.double()
                 if activations == "int8":
-                    most = x.float().abs().amax(1, keepdim=True)
-                    seen = torch.round(x.float() * (127 / most)).double() * (most / 127).double()
+                    q, scale = quantize_activations(x.float().cpu().numpy(), group=k)
+                    seen = torch.from_numpy(q * scale.astype(np.float64)).cuda()
                 expected = seen @ exact.t()
                 error = float((y.double() - expected).norm() / expected.norm())
                 right = same and error < BOUNDS[dtype]
@@ -221,7 +224,9 @@ def time_products(clock: Clock, models: list[str], rows: list[int], record: dict
                     long = 2 * m * n * k > 1e12  # over a millisecond: one replay tells
                     entry = {"model": model, "n": n, "k": k, "m": m, "product": name}
                     try:
-                        seconds = seconds_per_call(lambda w, x=x: call(x, w), weights, 50, 2 if long else 5)
+                        seconds = seconds_per_call(
+                            lambda w, x=x, call=call: call(x, w), weights, 50, 2 if long else 5
+                        )
                     except RuntimeError as error:  # a peer that does not take the shape
                         record["failed"].append(entry | {"why": str(error)[:200]})
                         continue
@@ -276,7 +281,7 @@ def run_gemlite(arguments: list[str], seconds: float) -> tuple[list[dict[str, An
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: bars, then times and ratios at 8192 x 8192, then the ratio over all shapes for each M."""
+    """Lines of Markdown: bars, then times at 8192 x 8192, then the ratio over all shapes for each M."""
     times = {(t["n"], t["k"], t["m"], t["product"]): t["us"] for t in record["times"]}
     limit = record["limits"]
 
@@ -343,7 +348,8 @@ def main() -> int:
     record["checks"] = check()
     wrong = [c for c in record["checks"] if not c["right"]]
     print(
-        f"{len(record['checks'])} products checked against float64, {len(wrong)} wrong {wrong[:5]}; {clock.left():.0f} s left",
+        f"{len(record['checks'])} products checked against float64, {len(wrong)} wrong {wrong[:5]}; "
+        f"{clock.left():.0f} s left",
         flush=True,
     )
     models = options.models.split(",")

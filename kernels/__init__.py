@@ -47,14 +47,16 @@ def matmul(
     activations: Literal["float", "int8"] = "float",
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """y = x w^T + bias, then SiLU(y[2i]) * y[2i + 1] if paired, then + residual; sums in fp32, one rounding at the end.
+    """y = x w^T + bias, then SiLU(y[2i]) * y[2i + 1] if paired, then + residual; sums in fp32, one rounding
+    at the end.
 
     Args:
         x: float16, bfloat16 or float32 (..., K).
         w: (N, K), on the device of x.
         bias: (N,), dtype of x.
         residual: shaped as the result, dtype of x.
-        paired: outputs 2i and 2i + 1 are a gate and its value (`interleave_rows`); the result has N / 2 columns.
+        paired: outputs 2i and 2i + 1 are a gate and its value (`interleave_rows`); the result
+            has N / 2 columns.
         activations: "float": as they are, weights in x's dtype. "int8": each row of x is quantized first
             (`quantize_rows`) and products are integers; w must have 8-bit codes, with groups of 32 or more
             columns or a scale per row, and no minimums.
@@ -119,7 +121,8 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q: int8 (M, K rounded up to 128), M all rows; its bytes are in the order of `layout.py`.
         scale: float32 (M,).
     """
-    return library.quantize_rows(_rows("quantize_rows: x", x, None, None), None, 0.0)
+    q, scale = library.quantize_rows(_rows("quantize_rows: x", x, None, None), None, 0.0)
+    return q, scale
 
 
 def rms_norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,17 +136,19 @@ def rms_norm_quantize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tupl
     if weight.dtype not in _FLOATS or weight.shape != x.shape[-1:] or weight.device != x.device:
         wanted = f"float16, bfloat16 or float32 ({x.shape[-1]},) on {x.device}"
         raise RequestError("rms_norm_quantize: weight", _describe(weight), wanted)
-    return library.quantize_rows(rows, weight.contiguous(), eps)
+    q, scale = library.quantize_rows(rows, weight.contiguous(), eps)
+    return q, scale
 
 
 def dequantize(w: GpuMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weights as numbers, (N, K); in float32 bit for bit those of the format that they were packed from."""
+    """The weights as numbers, (N, K); in float32 bit for bit those of the format they were packed from."""
     _check_weights("dequantize", w)
     if dtype not in _FLOATS:
         raise RequestError("dequantize: dtype", str(dtype), "float16, bfloat16 or float32")
-    return library.dequantize(
+    values: torch.Tensor = library.dequantize(
         w.codes, w.extra, w.scales, w.subscales, w.mins, w.submins, w.kind, w.cols, w.group, w.zero, dtype
     )
+    return values
 
 
 def _int8(
@@ -159,10 +164,12 @@ def _int8(
 ) -> torch.Tensor:
     if w.kind != "i8" or w.group == 16 or w.mins is not None:
         given = f"{w.kind} in groups of {w.group}" + (" with minimums" if w.mins is not None else "")
-        wanted = "8-bit codes with a scale per 32, 64 or 128 columns or per row, and no minimums, for int8 activations"
+        wanted = (
+            "8-bit codes, a scale per 32, 64 or 128 columns or per row, and no minimums, for int8 activations"
+        )
         raise RequestError("matmul: w", given, wanted)
     bias, residual = _epilogue("matmul", w, bias, residual, paired, dtype, leading)
-    return library.int8_matmul(
+    y: torch.Tensor = library.int8_matmul(
         q,
         scale,
         w.codes,
@@ -176,6 +183,7 @@ def _int8(
         dtype,
         deterministic,
     )
+    return y
 
 
 def _check_weights(call: str, w: object) -> None:

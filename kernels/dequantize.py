@@ -2,7 +2,8 @@
 
     w (N, K) = scale * (code - zero) + min in fp16, bf16 or fp32.  Grid: (tiles of N, blocks of K)
 
-Numbers are made as in `unpack.py`, so a product with this matrix and one by `weight_only.py` multiply the same weights.
+Numbers are made as in `unpack.py`, so a product with this matrix and one by `weight_only.py` multiply the
+same weights.
 """
 
 from __future__ import annotations

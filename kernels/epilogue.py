@@ -1,4 +1,4 @@
-"""What follows the loop over K of a matmul: the parts of a split K added up, then bias, SiLU, residual, store."""
+"""What follows a matmul's loop over K: the parts of a split K added up, then bias, SiLU, residual, store."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import triton.language as tl
 
 @triton.jit
 def gather_parts(acc, partial, counters, BN: tl.constexpr, BM: tl.constexpr):
-    """The whole sum of a tile, and whether it is this program that goes on with it.  Grid: (tiles, parts of K)
+    """The whole sum of a tile, and whether this program goes on with it.  Grid: (tiles, parts of K)
 
-    Each of a tile's programs writes its (BN, BM) sums to `partial` and counts itself in. The last to arrive adds
-    all of them in ascending k, whoever came last, and leaves the counter at 0. (Leaving the last program's sums in its
-    registers was slower: then it has to draw its number before the others have written.)
+    Each of a tile's programs writes its (BN, BM) sums to `partial` and counts itself in. The last to arrive
+    adds all of them in ascending k, whoever came last, and leaves the counter at 0. (Leaving the last
+    program's sums in its registers was slower: then it has to draw its number before the others have
+    written.)
     """
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
@@ -38,7 +39,7 @@ def finish(
     acc, bias, residual, y, n0, m, M, N, residual_stride, y_stride,
     BIAS: tl.constexpr, PAIRED: tl.constexpr, RESIDUAL: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = acc[n, m] + bias[n]; PAIRED: SiLU of output 2i times output 2i + 1; + residual[m, n]; rounded to y's type."""
+    """y[m, n] = acc[n, m] + bias[n]; PAIRED: SiLU of output 2i times output 2i + 1; + residual[m, n]."""
     n = n0 + tl.arange(0, BN)
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]

@@ -1,15 +1,15 @@
-"""y = epilogue(x w^T): activations and weights in int8, products and sums exact in int32 until a scale applies.
+"""y = epilogue(x w^T): both in int8, products and sums exact in int32 until a scale applies.
 
-    x int8 (M, 128 B) with x_scale fp32 (M,), both from `quantize.py`; w i8 of `layout.py`, seen as int8 (B N, 128);
-    y (M, N).  Grid: (tiles of N x tiles of M, parts of K)
+    x int8 (M, 128 B) with x_scale fp32 (M,), both from `quantize.py`; w i8 of `layout.py`, seen as int8 (B N,
+    128); y (M, N).  Grid: (tiles of N x tiles of M, parts of K)
 
-A program computes a BN x BM tile of y^T, so that one kernel serves every M: weights are the left operand of the tensor
-cores' integer multiplication. On sm_90 both operands reach shared memory by tensor descriptors (the copy engine).
-Where a row of weights has one scale the tile stays in int32 to the end; with a scale per 32, 64 or 128 columns the
-int32 products of a group are multiplied by it and added in fp32, in ascending k.
+A program computes a BN x BM tile of y^T, so that one kernel serves every M: weights are the left operand of
+the tensor cores' integer multiplication. On sm_90 both operands reach shared memory by tensor descriptors
+(the copy engine). Where a row of weights has one scale the tile stays in int32 to the end; with a scale per
+32, 64 or 128 columns the int32 products of a group are multiplied by it and added in fp32, in ascending k.
 
-Tiles run in bands of 8 tiles of N, so that programs that run together share what they read. Split-K and the epilogue
-are those of `weight_only.py`; the scale of a row of x comes first of all.
+Tiles run in bands of 8 tiles of N, so that programs that run together share what they read. Split-K and the
+epilogue are those of `weight_only.py`; the scale of a row of x comes first of all.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def int8_kernel(
     M, N, K, residual_stride, y_stride,
     GROUP: tl.constexpr, SUB: tl.constexpr,
     BIAS: tl.constexpr, PAIRED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, OVERLAP: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, OVERLAP:
+    tl.constexpr,
 ):  # fmt: skip
-    """x_tiles, w_tiles: x and w as tensor descriptors, read in their place with DESCRIPTORS. OVERLAP: weight_only.py."""
+    """x_tiles, w_tiles: x and w as descriptors, for DESCRIPTORS. OVERLAP: see weight_only.py."""
     tile = tl.program_id(0)
     part = tl.program_id(1)
     parts = tl.num_programs(1)

@@ -1,17 +1,20 @@
 """Weights as the GPU kernels read them, made from the CPU core's packed layouts and turned back without loss.
 
-K is cut into blocks of 128 columns, and a block's codes of all rows stand together, so that a tile of rows is one
-stretch of memory. B blocks, n a row, k a column of block b:
+K is cut into blocks of 128 columns, and a block's codes of all rows stand together, so that a tile of rows is
+one stretch of memory. B blocks, n a row, k a column of block b:
 
-    u4   codes (B, N, 32) int16; k = 128 b + 32 p + c: bits 4p .. 4p+3 of word (b, n, c) are the code (p < 4, c < 32)
-    u5   codes as u4; extra (ceil(B/4), N, 32) int16: bit 4 (b % 4) + p of word (b // 4, n, c) is bit 4 of the code
-    u6   codes as u4; extra (ceil(B/2), N, 32) int16: bits 8 (b % 2) + 2p and the next of word (b // 2, n, c) are
+    u4   codes (B, N, 32) int16; k = 128 b + 32 p + c: bits 4p .. 4p+3 of word (b, n, c) are the code (p < 4,
+    c < 32) u5   codes as u4; extra (ceil(B/4), N, 32) int16: bit 4 (b % 4) + p of word (b // 4, n, c) is bit
+    4 of the code u6   codes as u4; extra (ceil(B/2), N, 32) int16: bits 8 (b % 2) + 2p and the next of word
+    (b // 2, n, c) are
          bits 4 and 5 of the code
-    i8   codes (B, N, 64) int16; k = 128 b + 32 j + 16 p + c: byte p of word (b, n, 16 j + c) is the code, signed
+    i8   codes (B, N, 64) int16; k = 128 b + 32 j + 16 p + c: byte p of word (b, n, 16 j + c) is the code,
+    signed
          (j < 4, p < 2, c < 16)
 
-A thread that holds two neighbouring words in a register gets the codes of two neighbouring columns from it with one
-shift and one logical operation, in the order in which tensor cores take an operand from registers. Activations
+A thread that holds two neighbouring words in a register gets the codes of two neighbouring columns from it
+with one shift and one logical operation, in the order in which tensor cores take an operand from registers.
+Activations
 for int8 products have their bytes in the order of i8 (`quantize.py`).
 
     scales, mins   fp16 (groups, N), or (ceil(K / 256), N) where there are sub-scales
@@ -25,7 +28,7 @@ scale * (code - zero) + min. What stands in columns from K on meets activations 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,7 +74,7 @@ class GpuMatrix:
 
     @property
     def plain(self) -> bool:
-        """Whether one scale, and no minimum, stands for a whole block, so that it can wait for the block's sums."""
+        """Whether one scale and no minimum stand for a whole block, and so can wait for its sums."""
         return self.group == BLOCK and self.subscales is None and self.mins is None
 
     @property
@@ -163,7 +166,7 @@ def interleave_rows(gate: GpuMatrix, up: GpuMatrix) -> GpuMatrix:
             return None
         return torch.stack([a, b], dim=2).flatten(1, 2)
 
-    planes = {name: merged(getattr(gate, name), getattr(up, name)) for name in PLANES}
+    planes: dict[str, Any] = {name: merged(getattr(gate, name), getattr(up, name)) for name in PLANES}
     return replace(gate, rows=2 * gate.rows, **planes)
 
 

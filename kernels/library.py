@@ -5,7 +5,6 @@ Arguments arrive checked (`fastllm.kernels`); the fake implementations give shap
 
 # No postponed annotations here: torch reads an operator's schema from them.
 
-
 import torch
 from torch import Tensor
 
@@ -24,8 +23,8 @@ def weight_only_matmul(
 
 
 @weight_only_matmul.register_fake
-def _(x, codes, extra, scales, subscales, mins, submins, kind, cols, group, zero, bias, residual, paired, deterministic):  # type: ignore[no-untyped-def]  # fmt: skip
-    rows = codes.shape[1]
+def _(x, codes, *rest):  # type: ignore[no-untyped-def]
+    rows, paired = codes.shape[1], rest[-2]
     return x.new_empty(x.shape[0], rows // 2 if paired else rows)
 
 

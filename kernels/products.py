@@ -107,19 +107,23 @@ def weight_only(
     overlap = _overlaps(x.device)
     weight_only_kernel[(grid.tiles, grid.parts)](
         x, x_tiles, w.codes, code_tiles, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales),
-        _or(w.mins, w.scales), _or(w.submins, w.scales), _or(bias, y), _or(residual, y), y, grid.partial, grid.counters,
-        m, w.rows, w.cols, x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
+        _or(w.mins, w.scales), _or(w.submins, w.scales), _or(bias, y), _or(residual, y), y,
+        grid.partial, grid.counters, m, w.rows, w.cols,
+        x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
         KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
         BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
-        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, AFTER=w.plain and tile.scales_sums, EVEN_K=w.cols % BLOCK == 0,
-        DESCRIPTORS=descriptors, OVERLAP=overlap, NATIVE=not interpreted(), num_warps=tile.warps, launch_pdl=overlap,
+        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, AFTER=w.plain and tile.scales_sums, EVEN_K=w.cols % BLOCK
+        == 0,
+        DESCRIPTORS=descriptors, OVERLAP=overlap, NATIVE=not interpreted(), num_warps=tile.warps,
+        launch_pdl=overlap,
         enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
 
 def int8(
-    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor |
+    None,
     paired: bool, dtype: torch.dtype, tile: Tile, pinned: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """The product by int8.py, whose arguments are checked."""
@@ -134,9 +138,9 @@ def int8(
         w_tiles = TensorDescriptor.from_tensor(weights, [tile.bn, columns])
     overlap = _overlaps(q.device)
     int8_kernel[(grid.tiles, grid.parts)](
-        q, x_tiles, scale, weights, w_tiles, w.scales, _or(w.subscales, w.scales), _or(bias, y), _or(residual, y), y,
-        grid.partial, grid.counters,
-        m, w.rows, w.cols, 0 if residual is None else residual.stride(0), y.stride(0),
+        q, x_tiles, scale, weights, w_tiles, w.scales, _or(w.subscales, w.scales), _or(bias, y), _or(residual,
+        y), y, grid.partial, grid.counters, m, w.rows, w.cols, 0 if residual is None else residual.stride(0),
+        y.stride(0),
         GROUP=w.group, SUB=w.subscales is not None,
         BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
         BN=tile.bn, BM=tile.bm, STAGES=tile.stages, DESCRIPTORS=bool(tile.descriptors), OVERLAP=overlap,
@@ -156,7 +160,8 @@ def quantize_rows(
     columns = triton.next_power_of_2(stored)
     quantize_rows_kernel[(m,)](
         x, _or(weight, x), q, scale, k, x.stride(0), eps,
-        NORM=weight is not None, COLUMNS=columns, num_warps=min(16, max(1, columns // 1024)), enable_fp_fusion=False,
+        NORM=weight is not None, COLUMNS=columns, num_warps=min(16, max(1, columns // 1024)),
+        enable_fp_fusion=False,
     )  # fmt: skip
     return q, scale
 
@@ -201,7 +206,8 @@ def choose_weight_only(
 
 
 def choose_int8(
-    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor |
+    None,
     paired: bool, dtype: torch.dtype, deterministic: bool,
 ) -> torch.Tensor:  # fmt: skip
     rows = DETERMINISTIC if deterministic else q.shape[0]

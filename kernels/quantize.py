@@ -1,12 +1,15 @@
 """Activations to int8, a scale per row (token), with or without the RMSNorm that comes before.
 
-    v = x, or x / sqrt(mean(x^2) + eps) * weight;  scale = max |v| / 127;  q = round half even (v * (127 / max |v|))
+    v = x, or x / sqrt(mean(x^2) + eps) * weight
+    scale = max |v| / 127;  q = round half even (v * (127 / max |v|))
 
-    x (M, K) fp16, bf16 or fp32; weight (K,); q int8 (M, 128 B), B = ceil(K / 128), scale fp32 (M,).  Grid: (M,)
+    x (M, K) fp16, bf16 or fp32; weight (K,); q int8 (M, 128 B), B = ceil(K / 128), scale fp32 (M,)
+    Grid: (M,)
 
-In fp32 throughout, as `fastllm.reference.integer.quantize_activations` has it for CPUs, with a row for a group; a
-row of zeros has scale 0. The bytes of q are in the order of i8 in `layout.py`: column 32 j + 16 p + c is byte
-32 j + 2 c + p. Columns from K on are 0. A row is read once and stays in registers: K is at most 65536.
+In fp32 throughout, as `fastllm.reference.integer.quantize_activations` has it for CPUs, with a row for a
+group; a row of zeros has scale 0. The bytes of q are in the order of i8 in `layout.py`: column 32 j + 16 p +
+c is byte 32 j + 2 c + p. Columns from K on are 0. A row is read once and stays in registers: K is at most
+65536.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def quantize_rows_kernel(x, weight, q, scale, K, x_stride, eps, NORM: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS: the power of two from ceil(K / 128) * 128 on. Launched without contraction of products and sums."""
+    """COLUMNS: the power of two from 128 B on. Launched without contraction of products and sums."""
     row = tl.program_id(0).to(tl.int64)
     stored = tl.cdiv(K, 128) * 128
     j = tl.arange(0, COLUMNS // 32)[:, None, None]

@@ -1,9 +1,10 @@
 """Which tile a product takes: a look into a static table, never a trial at run time.
 
-`tables/sm_90.json` was measured by `python -m fastllm.kernels.tune` on an H200; those of sm_80 and sm_89 were chosen
-by what the compiler reports (registers, shared memory) and have not been timed, nor has what the tuner does not
-time: "u4 groups" and "u6". A table has, for each kind of product, tiles for M up to a bound, ascending; and from which
-M on a weight-only product is done by dequantizing the weights and a plain product.
+`tables/sm_90.json` was measured by `python -m fastllm.kernels.tune` on an H200; those of sm_80 and sm_89 were
+chosen by what the compiler reports (registers, shared memory) and have not been timed, nor has what the tuner
+does not
+time: "u4 groups" and "u6". A table has, for each kind of product, tiles for M up to a bound, ascending; and
+from which M on a weight-only product is done by dequantizing the weights and a plain product.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Table(NamedTuple):
     dequantize_from: int  # M
 
     def tile(self, kind: str, m: int) -> Tile:
-        """The tile for M = m, or that of the largest bound; for the kinds see `GpuMatrix.tile_kind`, and "int8"."""
+        """The tile for M = m, or that of the largest bound. kind: `GpuMatrix.tile_kind`, or "int8"."""
         choices = self.tiles[kind]
         return next((tile for bound, tile in choices if m <= bound), choices[-1][1])
 

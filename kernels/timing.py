@@ -22,7 +22,7 @@ def rotating(make: Callable[[], T], nbytes: Callable[[T], int], copies: int | No
 def seconds_per_call(
     call: Callable[[T], object], inputs: Sequence[T], launches: int = 50, replays: int = 5
 ) -> float:
-    """Median seconds of one call, over `replays` replays of a graph of `launches` calls, the inputs in turn."""
+    """Median seconds of one call over replays of a graph of `launches` calls, inputs in turn."""
     call(inputs[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -30,9 +30,9 @@ def seconds_per_call(
         for i in range(launches):
             call(inputs[i % len(inputs)])
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()

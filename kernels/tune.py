@@ -1,8 +1,10 @@
-"""Regenerates a table of tiles: times candidates on the GPU at hand and keeps the fastest for each bound of M.
+"""Regenerates a table of tiles: times candidates on the GPU at hand and keeps the fastest for each bound of
+M.
 
     python -m fastllm.kernels.tune kernels/tables/sm_90.json
 
-Candidates compile side by side in processes of their own, then they are timed one after another, on one shape.
+Candidates compile side by side in processes of their own, then they are timed one after another, on one
+shape.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from fastllm.kernels.tiles import Tile
 from fastllm.kernels.timing import rotating, seconds_per_call
 
 KINDS = ("u4", "i8", "int8")
-BOUNDS = {"u4": (8, 16, 32, 64, 128, 256, 512), "i8": (8, 16, 32, 64, 128, 256, 512)}
-BOUNDS["int8"] = (16, 32, 64, 128, 256, 512, 1024, 4096)
+BOUNDS: dict[str, tuple[int, ...]] = {
+    "u4": (8, 16, 32, 64, 128, 256, 512),
+    "i8": (8, 16, 32, 64, 128, 256, 512),
+    "int8": (16, 32, 64, 128, 256, 512, 1024, 4096),
+}
 GROUPS = {
     "u4": 128,
     "i8": 0,
@@ -90,7 +95,7 @@ def _weights(kind: str, n: int, k: int, copies: int | None = None) -> list[GpuMa
 
 
 def _compile(job: tuple[str, int, int, int, Tile]) -> str:
-    """In a process of its own: puts what a candidate needs into Triton's cache. Why it cannot be, or nothing."""
+    """In a process of its own: puts a candidate into Triton's cache. Why it cannot be, or nothing."""
     kind, m, n, k, tile = job
     try:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)

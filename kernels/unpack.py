@@ -1,16 +1,17 @@
-"""A tile of packed weights as floating-point numbers in registers: what all kernels that read `layout.py` share.
+"""A tile of packed weights as floating-point numbers in registers: what all kernels that read `layout.py`
+share.
 
-A code becomes a number without a conversion: its bits under the exponent of 2^10 (fp16) or 2^7 (bf16) are that power
-plus the code, and subtracting the power plus the zero is exact. For two codes in one register that is a shift, a
-logical operation and a subtraction. A signed byte has more bits than bf16 holds under one exponent, so it is made of
-two halves: (2048 + 16 high - 2304) + (128 + low), each step exact.
+A code becomes a number without a conversion: its bits under the exponent of 2^10 (fp16) or 2^7 (bf16) are
+that power plus the code, and subtracting the power plus the zero is exact. For two codes in one register that
+is a shift, a logical operation and a subtraction. A signed byte has more bits than bf16 holds under one
+exponent, so it is made of two halves: (2048 + 16 high - 2304) + (128 + low), each step exact.
 
-The scale is then applied in the activations' type. A weight is so rounded as in a matrix that was dequantized before
-(bf16: scale and product to 2^-9 each; fp16: 2^-12; fp32, for tests: exact), sums are fp32.
+The scale is then applied in the activations' type. A weight is so rounded as in a matrix that was dequantized
+before (bf16: scale and product to 2^-9 each; fp16: 2^-12; fp32, for tests: exact), sums are fp32.
 
 Cost on sm_90 of 128 weights in a thread's registers: 32 LOP3 and 24 shifts of words, 64 subtractions, 64
-multiplications of pairs; no conversion, no permutation. Triton's interpreter has no inline assembly: with NATIVE
-false plain conversions give the same numbers.
+multiplications of pairs; no conversion, no permutation. Triton's interpreter has no inline assembly: with
+NATIVE false plain conversions give the same numbers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _bytes_fp16() -> str:
 
 
 def _bytes_bf16() -> str:
-    """Assembly: two words of signed bytes to two pairs of bf16, from halves: see above. (fma, for sm_80 has no add.)"""
+    """Assembly: two words of signed bytes to two pairs of bf16, from halves. (By fma: sm_80 has no add.)"""
     lines = ["{ .reg .b32 a, low, high, one, z; mov.b32 one, 0x3F803F80; mov.b32 z, 0xC510C510;"]  # 1, -2304
     for p in range(2):
         lines += [
@@ -85,7 +86,7 @@ def _interleave_pairs(a, b, ROWS: tl.constexpr):
 
 @triton.jit
 def load_codes(codes, extra, rows, b, N, KIND: tl.constexpr):
-    """Words of `rows` (R,) in block b: (R, 32 or 64); those of the extra bits, and at which bit of them b's begin."""
+    """Words of `rows` (R,) in block b, (R, 32 or 64); the extra bits' words, and where b's begin."""
     WIDTH: tl.constexpr = 64 if KIND == "i8" else 32
     c = tl.arange(0, WIDTH)[None, :]
     b = tl.cast(b, tl.int64)
@@ -117,8 +118,10 @@ def _unpack_bytes(words, ROWS: tl.constexpr, T: tl.constexpr, NATIVE: tl.constex
 
 
 @triton.jit
-def _unpack_nibbles(words, high, shift, ROWS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr,
-                    NATIVE: tl.constexpr):  # fmt: skip
+def _unpack_nibbles(
+    words, high, shift,
+    ROWS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
     """BITS: how many a code has beyond four."""
     if NATIVE and tl.float16 == T:
         ASM: tl.constexpr = _FP16_4 if BITS == 0 else _FP16_5 if BITS == 1 else _FP16_6
@@ -147,8 +150,10 @@ def _unpack_nibbles(words, high, shift, ROWS: tl.constexpr, BITS: tl.constexpr, 
 
 
 @triton.jit
-def unpack_codes(words, high, shift, ROWS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr,
-                 NATIVE: tl.constexpr):  # fmt: skip
+def unpack_codes(
+    words, high, shift,
+    ROWS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, T: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
     """(ROWS, 128) numbers code - zero of type T."""
     if KIND == "i8":
         numbers = _unpack_bytes(words, ROWS, T, NATIVE)

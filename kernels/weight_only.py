@@ -2,19 +2,20 @@
 
     x (M, K), w (N, K) as in `layout.py`, y (M, N).  Grid: (tiles of N x tiles of M, parts of K)
 
-A program computes a BN x BM tile of y^T: the weights are the left operand. They go from memory to shared memory as
-they are stored, from there to registers in the order that the tensor core wants (ldmatrix), become numbers in place
-(`unpack.py`) and are multiplied from registers: dequantized weights never pass through shared memory, and a small M
-does not waste the 64 rows that wgmma has on its left (below 16 it is mma.sync, with 8 columns).
+A program computes a BN x BM tile of y^T: the weights are the left operand. They go from memory to shared
+memory as they are stored, from there to registers in the order that the tensor core wants (ldmatrix), become
+numbers in place (`unpack.py`) and are multiplied from registers: dequantized weights never pass through
+shared memory, and a small M does not waste the 64 rows that wgmma has on its left (below 16 it is mma.sync,
+with 8 columns).
 
-Where a scale stands for a whole block of 128 columns, and the sums leave registers for it, the block's products are
-added up first and multiplied by it in fp32: exact weights, and one multiplication for each output instead of each
-weight. Other scales are applied to the weights. Where N x M has too few tiles for the machine, K is split
-(`epilogue.gather_parts`). The epilogue, in this order: the scale of a row (where a row has one, and no minimum), then
-`epilogue.finish`.
+Where a scale stands for a whole block of 128 columns, and the sums leave registers for it, the block's
+products are added up first and multiplied by it in fp32: exact weights, and one multiplication for each
+output instead of each weight. Other scales are applied to the weights. Where N x M has too few tiles for the
+machine, K is split (`epilogue.gather_parts`). The epilogue, in this order: the scale of a row (where a row
+has one, and no minimum), then `epilogue.finish`.
 
-Cost on sm_90 of a block for a warp of the 128 x 16 tile (4 warps: 128 weights a thread), as compiled: 4 ldmatrix, 66
-LOP3, 48 shifts, 64 HADD2, 16 wgmma, 16 FFMA, 6 asynchronous copies; about 310 instructions.
+Cost on sm_90 of a block for a warp of the 128 x 16 tile (4 warps: 128 weights a thread), as compiled: 4
+ldmatrix, 66 LOP3, 48 shifts, 64 HADD2, 16 wgmma, 16 FFMA, 6 asynchronous copies; about 310 instructions.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from fastllm.kernels.unpack import load_codes, load_groups, spread_groups, unpac
 
 @triton.jit(do_not_specialize=["M"])
 def weight_only_kernel(
-    x, x_tiles, codes, code_tiles, extra, scales, subscales, mins, submins, bias, residual, y, partial, counters,
-    M, N, K, x_stride, residual_stride, y_stride,
+    x, x_tiles, codes, code_tiles, extra, scales, subscales, mins, submins, bias, residual, y, partial,
+    counters, M, N, K, x_stride, residual_stride, y_stride,
     KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, MIN: tl.constexpr,
     BIAS: tl.constexpr, PAIRED: tl.constexpr, RESIDUAL: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, AFTER: tl.constexpr, EVEN_K: tl.constexpr,
@@ -38,7 +39,8 @@ def weight_only_kernel(
 ):  # fmt: skip
     """x_tiles, code_tiles: x and codes as tensor descriptors, read in their place with DESCRIPTORS.
 
-    AFTER: the scale of a block is applied to its sums. OVERLAP: start while the kernel before still runs (sm_90).
+    AFTER: the scale of a block is applied to its sums. OVERLAP: start while the kernel before still runs
+    (sm_90).
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -78,8 +80,8 @@ def weight_only_kernel(
             x_at = x + m[None, :].to(tl.int64) * x_stride + (b * 128 + k)[:, None]
             xt = tl.load(x_at, mask=mask, other=0.0)
         w = unpack_codes(words, high, shift, BN, KIND, ZERO, T, NATIVE)
-        # The next block's scales are asked for as soon as this one's are used: into the same registers, since a copy
-        # would wait for them.
+        # The next block's scales are asked for as soon as this one's are used: into the same registers, since
+        # a copy would wait for them.
         ahead = tl.minimum(b + 1, end - 1)
         if IN_LOOP and not AFTER:
             w = w * spread_groups(scale, subscale, BN, GROUP, SUB, T)

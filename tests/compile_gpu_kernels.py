@@ -2,8 +2,8 @@
 
     python tests/compile_gpu_kernels.py sm_90 [sm_89 ...]     a line of JSON for each kernel
 
-Every tile of an architecture's table, for every kind of weights, through the launching code itself: the kernels are
-replaced by recorders, which compile what they are called with.
+Every tile of an architecture's table, for every kind of weights, through the launching code itself: the
+kernels are replaced by recorders, which compile what they are called with.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ LAYOUTS = {
 
 
 def jobs(target: str) -> Iterator[tuple[str, str, int, Tile, torch.dtype]]:
-    """(path, layout, M, tile, dtype): every tile of the table with its own layout, the other layouts with a few."""
+    """(path, layout, M, tile, dtype): every tile with its own layout, the other layouts with a few."""
     tiles = table(target).tiles
     for kind, layout_name in (("u4", "u4 g128"), ("i8", "i8 row")):
         for m, tile in tiles[kind]:
@@ -169,7 +169,7 @@ def main() -> None:
                 kernel.kernel if isinstance(kernel, Recorder) else kernel, target, results
             )
             setattr(products, name, recorders[name])
-        products._overlaps = lambda _: target >= "sm_90"  # type: ignore[assignment]
+        products._overlaps = lambda _, target=target: target >= "sm_90"  # type: ignore[assignment]
         for path, layout_name, m, tile, dtype in dict.fromkeys(jobs(target)):
             w = weights(*LAYOUTS[layout_name])
             label = {"path": path, "layout": layout_name, "m": m, "tile": list(tile), "dtype": str(dtype)}

@@ -1,7 +1,9 @@
-"""Triton kernels against a float64 oracle and the CPU core: in Triton's interpreter, or on a GPU where there is one.
+"""Triton kernels against a float64 oracle and the CPU core: in Triton's interpreter, or on a GPU where there
+is one.
 
-The interpreter computes bfloat16 wrongly, so it is left out there; and a step of a loop takes it milliseconds, so shapes are
-a few blocks. What the compiler makes of the kernels is tested in test_gpu_compilation.py.
+The interpreter computes bfloat16 wrongly, so it is left out there; and a step of a loop takes it
+milliseconds, so shapes are a few blocks. What the compiler makes of the kernels is tested in
+test_gpu_compilation.py.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are imported
 
-from random_blocks import random_blocks
+from random_blocks import random_blocks  # noqa: E402
 
-from fastllm import RequestError, kernels, ops
-from fastllm.kernels import GpuMatrix, products
-from fastllm.kernels.layout import unpack_codes
-from fastllm.kernels.tiles import ARCHITECTURES, Tile, table
-from fastllm.reference.integer import quantize_activations
+from fastllm import RequestError, kernels, ops  # noqa: E402
+from fastllm.kernels import GpuMatrix, products  # noqa: E402
+from fastllm.kernels.layout import unpack_codes  # noqa: E402
+from fastllm.kernels.tiles import ARCHITECTURES, Tile, table  # noqa: E402
+from fastllm.reference.integer import quantize_activations  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -389,18 +391,18 @@ def test_errors_name_the_argument() -> None:
     refused("matmul: activations", x, w, activations="fp8")
     refused("matmul: w: .*8-bit.*u4", x, w, activations="int8")
     refused("groups of 16", x, quantized(8, 16, 24, 96).matrix, activations="int8")
-    with pytest.raises(RequestError, match="packed.*f16"):
+    with pytest.raises(RequestError, match=r"packed.*f16"):
         kernels.from_packed(ops.from_float(np.zeros((4, 4), np.float32)))
-    with pytest.raises(RequestError, match="up.*layout of gate"):
+    with pytest.raises(RequestError, match=r"up.*layout of gate"):
         kernels.interleave_rows(w, quantized(4, 64, 24, 96).matrix)
     with pytest.raises(RequestError, match="dequantize: dtype"):
         kernels.dequantize(w, torch.int32)
     with pytest.raises(RequestError, match="rms_norm_quantize: weight"):
         kernels.rms_norm_quantize(x, activations(1, 95, torch.float32)[0], 1e-5)
-    with pytest.raises(RequestError, match="quantize_rows: x.*65536"):
+    with pytest.raises(RequestError, match=r"quantize_rows: x.*65536"):
         kernels.quantize_rows(torch.zeros(1, 65537, device=DEVICE))
+    q, scale = kernels.quantize_rows(x)
     with pytest.raises(RequestError, match="matmul_int8: scale"):
-        q, scale = kernels.quantize_rows(x)
         kernels.matmul_int8(q, scale[:2], quantized(8, 32, 24, 96).matrix)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, TypeGuard, overload
+from typing import TYPE_CHECKING, Any, TypeGuard, cast, overload
 
 import numpy.typing as npt
 
@@ -39,8 +39,8 @@ def quantize(w: FloatArray, bits: int = 4, group: int = 32) -> PackedMatrix:
     Args:
         w: (N, K) = (outputs, inputs): float32, float16, or uint16 holding bf16 bits.
         bits: 4 or 8.
-        group: columns that share a scale: 16, 32, 64 or 128, the last group of a row may be shorter; with 8 bits
-            also 0, a scale per row.
+        group: columns that share a scale: 16, 32, 64 or 128, the last group of a row may be shorter;
+            with 8 bits also 0, a scale per row.
 
     Returns:
         (N, K); about bits + 32 / group (4 bits) or bits + 16 / group (8 bits) bits per weight.
@@ -103,7 +103,7 @@ def dequantize(w: PackedMatrix | GpuMatrix) -> Float32Array | torch.Tensor:
 
         return kernels.dequantize(w)
     _check_packed("dequantize", w)
-    return w.unpack()
+    return cast(PackedMatrix, w).unpack()
 
 
 def dequantize_ggml(dtype: str, data: UInt8Array, rows: int, cols: int) -> Float32Array:
@@ -137,8 +137,8 @@ def matmul(x: torch.Tensor, w: GpuMatrix, residual: torch.Tensor | None = None) 
 def matmul(x: Any, w: Any, residual: Any = None, *, threads: int = 0) -> Any:
     """y = x w^T + residual.
 
-    With a torch tensor x and a `fastllm.kernels.GpuMatrix` w it is `fastllm.kernels.matmul`, which has more options;
-    what follows is the CPU's.
+    With a torch tensor x and a `fastllm.kernels.GpuMatrix` w it is `fastllm.kernels.matmul`, which has more
+    options; what follows is the CPU's.
 
     With a quantized w the activations are quantized first, see `quantize_rows`; products and sums within a
     group are exact integers, and groups are added in ascending order by fp32 fused multiply-adds. A row of y
