@@ -362,7 +362,14 @@ def main() -> int:
     print("\n".join(lines))
     if options.out:
         options.out.write_text(json.dumps(record))
-        options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        versions = f"{record['device']}, torch {record['torch']}, triton {record['triton']}, {record['date']}"
+        page = [
+            "# Matmuls with packed weights on a GPU",
+            "",
+            f"{versions}. Record: [{options.out.name}]({options.out.name}).",
+            "",
+        ]
+        options.out.with_suffix(".md").write_text("\n".join([*page, *lines, ""]))
     return 1 if wrong else 0
 
 

@@ -141,6 +141,6 @@ def wrong(llm: LLM, x: Floats, prompts: Sequence[Any]) -> None:
     llm.generate("text", lora_request="name")  # type: ignore[arg-type]
     llm.generate(prompts, temperature=0)  # type: ignore[call-arg]
     SamplingParams(temprature=0.5)  # type: ignore[call-arg]
-    ops.matmul(x, x)  # type: ignore[arg-type]
+    ops.matmul(x, x)  # type: ignore[call-overload]
     _core.isa("avx2")  # type: ignore[call-arg]
     BlockPool(4, 16).num_blocks = 5  # type: ignore[misc]
