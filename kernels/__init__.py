@@ -47,8 +47,7 @@ def matmul(
     activations: Literal["float", "int8"] = "float",
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """y = x w^T + bias, then SiLU(y[2i]) * y[2i + 1] if paired, then + residual; sums in fp32, one rounding
-    at the end.
+    """y = x w^T + bias, then SiLU(y[2i]) * y[2i + 1] if paired, then + residual; sums in fp32, rounded once.
 
     Args:
         x: float16, bfloat16 or float32 (..., K).

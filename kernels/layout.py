@@ -3,19 +3,18 @@
 K is cut into blocks of 128 columns, and a block's codes of all rows stand together, so that a tile of rows is
 one stretch of memory. B blocks, n a row, k a column of block b:
 
-    u4   codes (B, N, 32) int16; k = 128 b + 32 p + c: bits 4p .. 4p+3 of word (b, n, c) are the code (p < 4,
-    c < 32) u5   codes as u4; extra (ceil(B/4), N, 32) int16: bit 4 (b % 4) + p of word (b // 4, n, c) is bit
-    4 of the code u6   codes as u4; extra (ceil(B/2), N, 32) int16: bits 8 (b % 2) + 2p and the next of word
-    (b // 2, n, c) are
-         bits 4 and 5 of the code
-    i8   codes (B, N, 64) int16; k = 128 b + 32 j + 16 p + c: byte p of word (b, n, 16 j + c) is the code,
-    signed
-         (j < 4, p < 2, c < 16)
+    u4   codes (B, N, 32) int16; k = 128 b + 32 p + c (p < 4, c < 32):
+         bits 4p .. 4p+3 of word (b, n, c) are the code
+    u5   codes as u4; extra (ceil(B/4), N, 32) int16:
+         bit 4 (b % 4) + p of word (b // 4, n, c) is bit 4 of the code
+    u6   codes as u4; extra (ceil(B/2), N, 32) int16:
+         bits 8 (b % 2) + 2p and the next of word (b // 2, n, c) are bits 4 and 5 of the code
+    i8   codes (B, N, 64) int16; k = 128 b + 32 j + 16 p + c (j < 4, p < 2, c < 16):
+         byte p of word (b, n, 16 j + c) is the code, signed
 
 A thread that holds two neighbouring words in a register gets the codes of two neighbouring columns from it
 with one shift and one logical operation, in the order in which tensor cores take an operand from registers.
-Activations
-for int8 products have their bytes in the order of i8 (`quantize.py`).
+Activations for int8 products have their bytes in the order of i8 (`quantize.py`).
 
     scales, mins   fp16 (groups, N), or (ceil(K / 256), N) where there are sub-scales
     subscales      int8 (groups, N) or None: a group's scale is scales * subscales
@@ -47,7 +46,10 @@ EXTRA_BITS = {"u4": 0, "u5": 1, "u6": 2, "i8": 0}
 
 @dataclass(frozen=True)
 class GpuMatrix:
-    """A weight matrix (rows = outputs, cols = inputs) in the layout above; all tensors on one device."""
+    """A weight matrix (rows = outputs, cols = inputs) in the layout above; all tensors on one device.
+
+    They must not be written to: kernels read scales before they wait for the kernels before them.
+    """
 
     kind: str  # u4, u5, u6 or i8
     rows: int
@@ -60,9 +62,7 @@ class GpuMatrix:
     subscales: torch.Tensor | None
     mins: torch.Tensor | None
     submins: torch.Tensor | None
-    codebook: tuple[int, ...] | None = (
-        None  # what the CPU core's codes stood for, where i8 holds their values
-    )
+    codebook: tuple[int, ...] | None = None  # what 4-bit codes stood for, where i8 holds their values
 
     @property
     def blocks(self) -> int:
@@ -147,8 +147,13 @@ def from_packed(packed: PackedMatrix, device: torch.device | str = "cpu") -> Gpu
         per_group("submins", torch.uint8, groups),
         codebook,
     )
-    if words.is_cuda:
-        torch.cuda.synchronize(words.device)  # kernels read weights before they wait for earlier work
+    return _settled(matrix)
+
+
+def _settled(matrix: GpuMatrix) -> GpuMatrix:
+    """The matrix, once it is in memory: see GpuMatrix."""
+    if matrix.codes.is_cuda:
+        torch.cuda.synchronize(matrix.device)
     return matrix
 
 
@@ -167,7 +172,7 @@ def interleave_rows(gate: GpuMatrix, up: GpuMatrix) -> GpuMatrix:
         return torch.stack([a, b], dim=2).flatten(1, 2)
 
     planes: dict[str, Any] = {name: merged(getattr(gate, name), getattr(up, name)) for name in PLANES}
-    return replace(gate, rows=2 * gate.rows, **planes)
+    return _settled(replace(gate, rows=2 * gate.rows, **planes))
 
 
 def _layout(matrix: GpuMatrix) -> tuple[object, ...]:
@@ -247,16 +252,21 @@ def _pack_words(kind: str, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     if kind == "i8":
         by_pair = codes.view(rows, blocks, 4, 2, 16).permute(1, 0, 2, 4, 3).contiguous()
         return by_pair.view(torch.int16).view(blocks, rows, 64), None
-    by_plane = codes.view(rows, blocks, 4, 32).permute(1, 0, 2, 3).contiguous().int()
-    words = sum((by_plane[:, :, p] & 15) << 4 * p for p in range(4)).to(torch.int16)  # type: ignore[union-attr]
+    by_plane = codes.view(rows, blocks, 4, 32).permute(1, 0, 2, 3).contiguous().to(torch.int16)
+    words = by_plane[:, :, 0] & 15
+    for p in range(1, 4):
+        words |= (by_plane[:, :, p] & 15) << 4 * p
     width = EXTRA_BITS[kind]
     if not width:
         return words, None
     together = 4 // width  # blocks that share a word
     high = torch.nn.functional.pad(by_plane >> 4, (0, 0, 0, 0, 0, 0, 0, -blocks % together))
     high = high.view(-1, together, rows, 4, 32)
-    extra = sum(high[:, i, :, p] << width * (4 * i + p) for i in range(together) for p in range(4))
-    return words, extra.to(torch.int16)  # type: ignore[union-attr]
+    extra = torch.zeros_like(high[:, 0, :, 0])
+    for i in range(together):
+        for p in range(4):
+            extra |= high[:, i, :, p] << width * (4 * i + p)
+    return words, extra
 
 
 def _read_codes(kind: str, plane: torch.Tensor, extra: torch.Tensor | None, kp: int) -> torch.Tensor:

@@ -45,8 +45,8 @@ class Table(NamedTuple):
 
 @cache
 def table(architecture: str) -> Table:
-    """The table of an architecture; of the nearest older one where there is none of its own."""
-    known = max((name for name in ARCHITECTURES if name <= architecture), default=ARCHITECTURES[0])
+    """The table of an architecture; any without its own takes sm_89's, which asks for the least memory."""
+    known = architecture if architecture in ARCHITECTURES else "sm_89"
     raw = json.loads((resources.files("fastllm.kernels") / "tables" / f"{known}.json").read_text())
     tiles = {
         kind: [(int(bound), Tile(*tile)) for bound, tile in bounds.items()]

@@ -1,5 +1,4 @@
-"""A tile of packed weights as floating-point numbers in registers: what all kernels that read `layout.py`
-share.
+"""A tile of packed weights as floating-point numbers in registers, for all kernels that read `layout.py`.
 
 A code becomes a number without a conversion: its bits under the exponent of 2^10 (fp16) or 2^7 (bf16) are
 that power plus the code, and subtracting the power plus the zero is exact. For two codes in one register that
@@ -9,8 +8,8 @@ exponent, so it is made of two halves: (2048 + 16 high - 2304) + (128 + low), ea
 The scale is then applied in the activations' type. A weight is so rounded as in a matrix that was dequantized
 before (bf16: scale and product to 2^-9 each; fp16: 2^-12; fp32, for tests: exact), sums are fp32.
 
-Cost on sm_90 of 128 weights in a thread's registers: 32 LOP3 and 24 shifts of words, 64 subtractions, 64
-multiplications of pairs; no conversion, no permutation. Triton's interpreter has no inline assembly: with
+Cost on sm_90 of 128 weights of a thread, two at a time: 64 LOP3, 48 shifts, 64 subtractions, 64
+multiplications; no conversion, no permutation. Triton's interpreter has no inline assembly: with
 NATIVE false plain conversions give the same numbers.
 """
 
