@@ -15,7 +15,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
+try:
+    import torch
+    import triton  # noqa: F401  here to say what is missing
+except ImportError as error:
+    message = f"fastllm.kernels: needs the package {error.name} (pip install 'fastllm[gpu]')"
+    raise ImportError(message, name=error.name) from error
 
 from fastllm.errors import RequestError
 from fastllm.kernels import library

@@ -191,9 +191,14 @@ def test_wheel_contents(wheel: Path) -> None:
 
 def test_wheel_works_without_compiler_and_checkout(wheel_python: Path, tmp_path: Path) -> None:
     code = """
-import sys, fastllm, fastllm.kernels, fastllm._core, importlib.util
+import sys, fastllm, fastllm._core, importlib.util
 assert fastllm.__file__.startswith(sys.prefix), fastllm.__file__
 assert importlib.util.find_spec("kernels") is None
+assert importlib.util.find_spec("fastllm.kernels") is not None
+try:
+    import fastllm.kernels
+except ImportError as error:  # what it needs comes with an extra
+    assert "fastllm[gpu]" in str(error), error
 print(*fastllm._core.built_isas())
 """
     built = run([wheel_python, "-c", code], cwd=tmp_path, env=without_compiler(wheel_python))
