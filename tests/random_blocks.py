@@ -22,6 +22,7 @@ _SCALE_OFFSETS: dict[str, tuple[int, int | None, float]] = {
     "IQ4_NL": (0, None, 0.0),
     "IQ4_XS": (0, None, 0.0),
 }
+QUANTIZED = list(_SCALE_OFFSETS)
 
 
 def random_blocks(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from random_blocks import QUANTIZED
 
 from fastllm.errors import ModelFileError, RequestError, UnsupportedModelError
 from fastllm.formats.checkpoint import open_checkpoint
@@ -32,20 +33,6 @@ SCALARS = {
     "bool": True,
     "string": "naïve ▁ 🙂",
 }
-QUANTIZED = [
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q8_0",
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "IQ4_NL",
-    "IQ4_XS",
-]
 
 
 def write_rich_file(path: Path, alignment: int | None = None) -> dict[str, tuple[str, np.ndarray[Any, Any]]]:

@@ -23,7 +23,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are imported
 
-from random_blocks import random_blocks  # noqa: E402
+from random_blocks import QUANTIZED, random_blocks  # noqa: E402
 
 from fastllm import RequestError, kernels, ops  # noqa: E402
 from fastllm.kernels import GpuMatrix, products  # noqa: E402
@@ -36,20 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 DEVICE = "cuda" if GPU else "cpu"
 # Of a product's relative error: what rounding the weights and the result to the type leaves.
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3} | ({torch.bfloat16: 8e-3} if GPU else {})
-QUANTIZED = [
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q8_0",
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "IQ4_NL",
-    "IQ4_XS",
-]
 EXAMPLES = settings(deadline=None, max_examples=40 if GPU else 12)
 
 
