@@ -120,10 +120,8 @@ CHECKED = [
     for n, k in ((1024, 1024), (560, 576), (704, 2112), (1536, 704))
     for dtype in ("bfloat16", "float16")
 ]
-BOUNDS = {
-    "bfloat16": 8e-3,
-    "float16": 1e-3,
-}  # of the relative error: rounding of the result, of scales, of weights
+# Of the relative error: rounding of the result, of scales, of weights.
+BOUNDS = {"bfloat16": 8e-3, "float16": 1e-3}
 
 
 def check_one(job: tuple[str, int, int, int, str]) -> list[dict[str, Any]]:
@@ -221,7 +219,7 @@ def time_products(clock: Clock, models: list[str], rows: list[int], record: dict
                         x = kernels.quantize_rows(x)
                     elif name == "torch int_mm":
                         x = (torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda"),)
-                    long = 2 * m * n * k > 1e12  # over a millisecond: one replay tells
+                    long = 2 * m * n * k > 1e12  # over a millisecond: two replays tell
                     entry = {"model": model, "n": n, "k": k, "m": m, "product": name}
                     try:
                         seconds = seconds_per_call(

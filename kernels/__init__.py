@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError(message, name=error.name) from error
 
 from fastllm.errors import RequestError
-from fastllm.kernels import library
+from fastllm.kernels import library, products
 from fastllm.kernels.layout import BLOCK, GpuMatrix, from_packed, interleave_rows, to_packed
 
 __all__ = [
@@ -110,8 +110,12 @@ def matmul_int8(
     shape = (-1, w.blocks * BLOCK)
     if q.dtype != torch.int8 or q.ndim != 2 or q.shape[1] != shape[1] or not q.is_contiguous():
         raise RequestError("matmul_int8: q", _describe(q), f"contiguous int8 (M, {shape[1]})")
-    if scale.dtype != torch.float32 or scale.shape != q.shape[:1]:
-        raise RequestError("matmul_int8: scale", _describe(scale), f"float32 ({q.shape[0]},)")
+    if scale.dtype != torch.float32 or scale.shape != q.shape[:1] or not scale.is_contiguous():
+        raise RequestError("matmul_int8: scale", _describe(scale), f"contiguous float32 ({q.shape[0]},)")
+    if not q.device == scale.device == w.device:
+        raise RequestError(
+            "matmul_int8: q", f"{_describe(q)}, scale on {scale.device}", f"both on {w.device}"
+        )
     return _int8(q, scale, w, bias, residual, paired, dtype, deterministic, q.shape[:1])
 
 
@@ -193,6 +197,13 @@ def _int8(
 def _check_weights(call: str, w: object) -> None:
     if not isinstance(w, GpuMatrix):
         raise RequestError(f"{call}: w", type(w).__name__, "a GpuMatrix, as from_packed makes it")
+    _check_runs(f"{call}: w", w.device)
+
+
+def _check_runs(argument: str, device: torch.device) -> None:
+    """Raises RequestError where no kernel runs."""
+    if device.type != "cuda" and not products.INTERPRETED:
+        raise RequestError(argument, f"on {device}", "on a CUDA device (or TRITON_INTERPRET=1, set before)")
 
 
 def _rows(argument: str, x: torch.Tensor, cols: int | None, device: torch.device | None) -> torch.Tensor:
@@ -207,6 +218,7 @@ def _rows(argument: str, x: torch.Tensor, cols: int | None, device: torch.device
     ):
         wanted = f"float16, bfloat16 or float32 (..., {cols or f'up to {_COLUMNS_MAX}'})"
         raise RequestError(argument, _describe(x), wanted + (f" on {device}" if device is not None else ""))
+    _check_runs(argument, x.device)
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

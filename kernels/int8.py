@@ -27,8 +27,8 @@ def int8_kernel(
     M, N, K, residual_stride, y_stride,
     GROUP: tl.constexpr, SUB: tl.constexpr,
     BIAS: tl.constexpr, PAIRED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, OVERLAP:
-    tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x_tiles, w_tiles: x and w as descriptors, for DESCRIPTORS. OVERLAP: see weight_only.py."""
     tile = tl.program_id(0)

@@ -19,11 +19,9 @@ from fastllm.kernels.weight_only import weight_only_kernel
 COUNTERS = 1 << 16  # tiles of N x M that a split product may have
 PARTS = 64  # of K, at most
 DETERMINISTIC = 64  # the M whose tile every product takes, whatever its M, where a row must not depend on it
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1) instead of compiling them."""
-    return bool(triton.knobs.runtime.interpret)
+PINNED_ROWS = 1024  # that such a product takes at once
+# Whether Triton interprets the kernels on the CPU (TRITON_INTERPRET=1), decided as they are imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @cache
@@ -45,18 +43,30 @@ def tiles_of(device: torch.device) -> Table:
     return table(architecture(device))
 
 
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+# Zeros, int32 (COUNTERS,), that every kernel leaves as it found them: a tensor for each stream, and one for
+# all graphs of a device, which so have to be replayed one after another.
+_counters: dict[tuple[torch.device, int | str], torch.Tensor] = {}
+_GRAPHS = "graphs"
+
+
+def _stream(device: torch.device) -> int | str:
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return _GRAPHS
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _zeros(device: torch.device) -> torch.Tensor:
-    """int32 (COUNTERS,) of zeros, which every kernel leaves as it found them; a tensor for each stream."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = _stream(device)
     known = _counters.get((device, stream))
-    if known is None:
-        known = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _counters[device, stream] = known  # memory taken during a capture is the graph's
-    return known
+    if known is not None:
+        return known
+    zeros = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    if stream != _GRAPHS:  # memory taken during a capture is the graph's, and filled in every replay
+        _counters[device, stream] = zeros
+        _counters.setdefault((device, _GRAPHS), torch.zeros_like(zeros))
+    return zeros
 
 
 class _Grid:
@@ -68,11 +78,18 @@ class _Grid:
         n_tiles = math.ceil(w.rows / tile.bn)
         self.tiles = n_tiles * math.ceil(m / tile.bm)
         # Pinned, the parts of K follow from the matrix alone: a row's sums must not depend on M.
-        wanted = multiprocessors(like.device) * tile.programs // (n_tiles if pinned else self.tiles)
-        self.parts = max(1, min(wanted, w.blocks, PARTS)) if self.tiles <= COUNTERS else 1
+        tiles = n_tiles if pinned else self.tiles
+        wanted = multiprocessors(like.device) * tile.programs // tiles
+        self.parts = max(1, min(wanted, w.blocks, PARTS)) if tiles <= COUNTERS else 1
         size = self.parts * self.tiles * tile.bn * tile.bm if self.parts > 1 else 1
         self.partial = like.new_empty(size, dtype=sums)
         self.counters = _zeros(like.device)
+
+
+def _slices(m: int, w: GpuMatrix, tile: Tile) -> list[slice]:
+    """All rows, in runs for which there are counters enough, and of which the sums take little memory."""
+    most = max(1, min(COUNTERS // math.ceil(w.rows / tile.bn), PINNED_ROWS // tile.bm)) * tile.bm
+    return [slice(first, first + most) for first in range(0, m, most)]
 
 
 def _overlaps(device: torch.device) -> bool:
@@ -112,18 +129,16 @@ def weight_only(
         x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
         KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
         BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
-        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, AFTER=w.plain and tile.scales_sums, EVEN_K=w.cols % BLOCK
-        == 0,
-        DESCRIPTORS=descriptors, OVERLAP=overlap, NATIVE=not interpreted(), num_warps=tile.warps,
-        launch_pdl=overlap,
-        enable_fp_fusion=True,
+        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, AFTER=w.plain and tile.scales_sums,
+        EVEN_K=w.cols % BLOCK == 0, DESCRIPTORS=descriptors, OVERLAP=overlap, NATIVE=not INTERPRETED,
+        num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
 
 def int8(
-    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor |
-    None,
+    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix,
+    bias: torch.Tensor | None, residual: torch.Tensor | None,
     paired: bool, dtype: torch.dtype, tile: Tile, pinned: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """The product by int8.py, whose arguments are checked."""
@@ -132,18 +147,19 @@ def int8(
     grid = _Grid(q, m, w, tile, torch.float32 if w.group else torch.int32, pinned)
     weights = w.codes.view(torch.int8).view(w.blocks * w.rows, BLOCK)
     x_tiles, w_tiles = q, weights
-    if tile.descriptors:
+    descriptors = bool(tile.descriptors) and _describable(q)
+    if descriptors:
         columns = w.group or BLOCK
         x_tiles = TensorDescriptor.from_tensor(q, [tile.bm, columns])
         w_tiles = TensorDescriptor.from_tensor(weights, [tile.bn, columns])
     overlap = _overlaps(q.device)
     int8_kernel[(grid.tiles, grid.parts)](
-        q, x_tiles, scale, weights, w_tiles, w.scales, _or(w.subscales, w.scales), _or(bias, y), _or(residual,
-        y), y, grid.partial, grid.counters, m, w.rows, w.cols, 0 if residual is None else residual.stride(0),
-        y.stride(0),
+        q, x_tiles, scale, weights, w_tiles, w.scales, _or(w.subscales, w.scales),
+        _or(bias, y), _or(residual, y), y, grid.partial, grid.counters, m, w.rows, w.cols,
+        0 if residual is None else residual.stride(0), y.stride(0),
         GROUP=w.group, SUB=w.subscales is not None,
         BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
-        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, DESCRIPTORS=bool(tile.descriptors), OVERLAP=overlap,
+        BN=tile.bn, BM=tile.bm, STAGES=tile.stages, DESCRIPTORS=descriptors, OVERLAP=overlap,
         num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip
     return y
@@ -174,7 +190,7 @@ def dequantize(w: GpuMatrix, dtype: torch.dtype) -> torch.Tensor:
         w.codes, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales), _or(w.mins, w.scales),
         _or(w.submins, w.scales), out, w.rows, w.cols, out.stride(0),
         KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
-        BN=rows, NATIVE=not interpreted(), num_warps=4, enable_fp_fusion=False,
+        BN=rows, NATIVE=not INTERPRETED, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -197,28 +213,31 @@ def choose_weight_only(
     m = x.shape[0]
     choices = tiles_of(x.device)
     if deterministic:
-        return weight_only(
-            x, w, bias, residual, paired, choices.tile(w.tile_kind, DETERMINISTIC), pinned=True
-        )
+        tile = choices.tile(w.tile_kind, DETERMINISTIC)
+        parts = [
+            weight_only(
+                x[rows], w, bias, None if residual is None else residual[rows], paired, tile, pinned=True
+            )
+            for rows in _slices(m, w, tile)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     if m >= choices.dequantize_from:
         return dequantized_product(x, w, bias, residual, paired)
     return weight_only(x, w, bias, residual, paired, choices.tile(w.tile_kind, m))
 
 
 def choose_int8(
-    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor |
-    None,
+    q: torch.Tensor, scale: torch.Tensor, w: GpuMatrix,
+    bias: torch.Tensor | None, residual: torch.Tensor | None,
     paired: bool, dtype: torch.dtype, deterministic: bool,
 ) -> torch.Tensor:  # fmt: skip
-    rows = DETERMINISTIC if deterministic else q.shape[0]
-    return int8(
-        q,
-        scale,
-        w,
-        bias,
-        residual,
-        paired,
-        dtype,
-        tiles_of(q.device).tile("int8", rows),
-        pinned=deterministic,
-    )
+    """The product with the table's tile for M; with one tile for all M if deterministic."""
+    choices = tiles_of(q.device)
+    if not deterministic:
+        return int8(q, scale, w, bias, residual, paired, dtype, choices.tile("int8", q.shape[0]))
+    tile = choices.tile("int8", DETERMINISTIC)
+    parts = []
+    for rows in _slices(q.shape[0], w, tile):
+        added = None if residual is None else residual[rows]
+        parts.append(int8(q[rows], scale[rows], w, bias, added, paired, dtype, tile, pinned=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,10 +1,9 @@
-"""Regenerates a table of tiles: times candidates on the GPU at hand and keeps the fastest for each bound of
-M.
+"""Regenerates a table of tiles: times candidates on the GPU at hand and keeps the fastest for each M.
 
     python -m fastllm.kernels.tune kernels/tables/sm_90.json
 
 Candidates compile side by side in processes of their own, then they are timed one after another, on one
-shape.
+shape. Kinds that it does not time stay as the file has them, or else as sm_89's table does.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,10 @@ BOUNDS: dict[str, tuple[int, ...]] = {
     "i8": (8, 16, 32, 64, 128, 256, 512),
     "int8": (16, 32, 64, 128, 256, 512, 1024, 4096),
 }
-GROUPS = {
-    "u4": 128,
-    "i8": 0,
-    "int8": 0,
-}  # columns per scale of the weights that are timed; 0: a scale per row
+# Columns per scale of the weights that are timed; 0: a scale per row.
+GROUPS = {"u4": 128, "i8": 0, "int8": 0}
 DEQUANTIZE_FROM = 1024
-SHARED_BYTES = (
-    226_000  # of a multiprocessor (sm_90); a candidate that does not fit elsewhere fails to compile
-)
+SHARED_BYTES = 226_000  # of a multiprocessor (sm_90); what does not fit elsewhere fails to compile
 
 
 def candidates(kind: str, m: int) -> Iterator[Tile]:
@@ -106,8 +101,10 @@ def _compile(job: tuple[str, int, int, int, Tile]) -> str:
     return ""
 
 
-def write_table(path: Path, tiles: dict[str, dict[str, list[int]]], measured: str) -> None:
-    """A table in the form that `tiles.py` reads, one line for each bound."""
+def write_table(path: Path, timed: dict[str, dict[str, list[int]]], measured: str) -> None:
+    """A table in the form that `tiles.py` reads, one line for each bound; kinds that were not timed stay."""
+    before = path if path.exists() else resources.files("fastllm.kernels") / "tables" / "sm_89.json"
+    tiles = json.loads(before.read_text())["tiles"] | timed
     lines = [
         "{",
         f'  "measured": {json.dumps(measured)},',

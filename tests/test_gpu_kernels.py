@@ -8,8 +8,10 @@ test_gpu_compilation.py.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,13 @@ from fastllm import RequestError, kernels, ops  # noqa: E402
 from fastllm.kernels import GpuMatrix, products  # noqa: E402
 from fastllm.kernels.layout import unpack_codes  # noqa: E402
 from fastllm.kernels.tiles import ARCHITECTURES, Tile, table  # noqa: E402
+from fastllm.kernels.tune import write_table  # noqa: E402
 from fastllm.reference.integer import quantize_activations  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 DEVICE = "cuda" if GPU else "cpu"
+TABLES = Path(kernels.__file__).parent / "tables"
 # Of a product's relative error: what rounding the weights and the result to the type leaves.
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3} | ({torch.bfloat16: 8e-3} if GPU else {})
 EXAMPLES = settings(deadline=None, max_examples=40 if GPU else 12)
@@ -243,6 +247,47 @@ def test_deterministic_rows_do_not_know_their_neighbours(activations_as: Any) ->
         assert torch.equal(part, whole[rows])
 
 
+@pytest.mark.parametrize("activations_as", ["float", "int8"])
+def test_deterministic_products_of_more_rows_than_counters(
+    activations_as: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = quantized(8, 32, 48, 600)
+    x, residual = activations(150, 600, torch.float32), activations(150, 48, torch.float32, 1)
+    whole = kernels.matmul(x, w.matrix, residual=residual, activations=activations_as, deterministic=True)
+    monkeypatch.setattr(products, "PINNED_ROWS", 64)
+    cut = kernels.matmul(x, w.matrix, residual=residual, activations=activations_as, deterministic=True)
+    assert torch.equal(cut, whole)
+
+
+def test_a_graph_does_not_fill_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a capture allocates would be zeroed in every replay, once for each product."""
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(products, "_counters", {})
+    monkeypatch.setattr(products, "_stream", lambda _: products._GRAPHS)
+    assert products._zeros(device) is not products._zeros(device)  # nothing ran before the capture
+    monkeypatch.setattr(products, "_stream", lambda _: 7)
+    eager = products._zeros(device)
+    assert products._zeros(device) is eager
+    monkeypatch.setattr(products, "_stream", lambda _: products._GRAPHS)
+    captured = products._zeros(device)
+    assert products._zeros(device) is captured
+    assert captured is not eager
+
+
+def test_a_new_table_has_all_kinds(tmp_path: Path) -> None:
+    timed = {"u4": {"8": [64, 8, 2, 2, 8, 0]}}
+    for file in (tmp_path / "sm_120.json", tmp_path / "sm_90.json"):
+        if file.name == "sm_90.json":
+            file.write_text(TABLES.joinpath(file.name).read_text())
+        write_table(file, timed, "a GPU")
+        written = json.loads(file.read_text())
+        assert (
+            written["tiles"].keys() == json.loads(TABLES.joinpath("sm_90.json").read_text())["tiles"].keys()
+        )
+        assert written["tiles"]["u4"] == timed["u4"]
+        assert written["measured"] == "a GPU"
+
+
 def test_many_rows_go_through_a_dequantized_matrix() -> None:
     w = quantized(4, 32, 24, 96)
     m = products.tiles_of(w.matrix.device).dequantize_from
@@ -392,6 +437,19 @@ def test_errors_name_the_argument() -> None:
         kernels.matmul_int8(q, scale[:2], quantized(8, 32, 24, 96).matrix)
 
 
+def test_without_a_gpu_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = quantized(4, 32, 24, 96).packed
+    monkeypatch.setattr(products, "INTERPRETED", False)
+    on_cpu = kernels.from_packed(w)
+    for call in (
+        lambda: kernels.matmul(torch.zeros(1, 96), on_cpu),
+        lambda: kernels.dequantize(on_cpu),
+        lambda: kernels.quantize_rows(torch.zeros(1, 96)),
+    ):
+        with pytest.raises(RequestError, match="CUDA device"):
+            call()
+
+
 def test_planes_are_checked() -> None:
     packed = quantized(4, 32, 24, 96).packed
     planes = packed.planes()
@@ -405,6 +463,7 @@ def test_planes_are_checked() -> None:
         (("u5", 24, 96, 32, 0, planes), "planes.*extra"),
         (("u4", 24, 96, 32, 0, planes | {"more": planes["codes"]}), "planes"),
         (("u4", 24, 96, 32, 0, planes | {"codes": planes["codes"].view(np.int8)}), "codes.*int8"),
+        (("u4", 24, 96, 32, 0, planes | {"codes": [0]}), "codes.*list"),
         (("u4", 24, 96, 32, 0, planes, [0] * 15), "codebook"),
     ):
         with pytest.raises(RequestError, match=match):

@@ -197,8 +197,10 @@ assert importlib.util.find_spec("kernels") is None
 assert importlib.util.find_spec("fastllm.kernels") is not None
 try:
     import fastllm.kernels
-except ImportError as error:  # what it needs comes with an extra
+except ImportError as error:  # what it needs comes with an extra, which is not installed here
     assert "fastllm[gpu]" in str(error), error
+else:
+    raise AssertionError("torch is here, and with it what this should have said")
 print(*fastllm._core.built_isas())
 """
     built = run([wheel_python, "-c", code], cwd=tmp_path, env=without_compiler(wheel_python))

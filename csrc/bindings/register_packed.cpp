@@ -170,7 +170,11 @@ PackedMatrix from_planes(const std::string& kind, std::int64_t rows, std::int64_
     if (!*buffer) return;
     if (!planes.contains(name))
       throw ArgumentError("planes", "no " + std::string(name), "all planes of the layout");
-    const auto array = py::cast<py::array>(planes[name]);
+    const py::object plane = planes[name];
+    if (!py::isinstance<py::array>(plane))
+      raise_request_error(name, py::cast<std::string>(py::type::of(plane).attr("__name__")),
+                          "a C-contiguous 1-D array of uint8");
+    const auto array = py::reinterpret_borrow<py::array>(plane);
     check_array(array, name, 1, has_dtype(array, "uint8"), "uint8");
     if (static_cast<std::size_t>(array.nbytes()) != buffer->size())
       throw ArgumentError(name, std::to_string(array.nbytes()) + " bytes",
