@@ -20,12 +20,14 @@ import tiny
 import trustme
 
 KEY = "k" * 24
-LONG = {"prompt": "the river ran", "max_tokens": 200, "ignore_eos": True, "stream": True}
+CONTEXT = 8192  # tokens of the tiny model: seconds of generating, so what happens "in a stream" does
+LONG = {"prompt": "the river ran", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_hf(tiny.make_model("llama"), tmp_path_factory.mktemp("serve") / "model")
+    made = tiny.make_model("llama", max_position_embeddings=CONTEXT)
+    return tiny.save_hf(made, tmp_path_factory.mktemp("serve") / "model")
 
 
 class Process:
@@ -35,7 +37,7 @@ class Process:
         command = [sys.executable, "-m", "fastllm.serve", "--model", str(model), "--port", "0"]
         self._log: list[str] = []
         self.process = subprocess.Popen(
-            [*command, "--kv-cache-tokens", "1024", "--threads", "1", *options],
+            [*command, "--kv-cache-tokens", str(CONTEXT), "--threads", "1", *options],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -101,7 +103,7 @@ def test_sigterm_lets_streams_finish(model: Path) -> None:
     assert any(entry["message"].startswith("draining") for entry in entries)
     (request,) = [entry for entry in entries if entry["logger"] == "fastllm.access"]
     assert len(request["request_id"]) == 24
-    assert request["generated_tokens"] == 200
+    assert request["generated_tokens"] == LONG["max_tokens"]
 
 
 def test_sigint_is_the_same(model: Path) -> None:
@@ -117,12 +119,14 @@ def read_and_kill(response: httpx.Response, server: Process) -> None:
 
 def test_killed_in_a_stream_and_started_again(model: Path) -> None:
     answers = []
+    short = {**LONG, "max_tokens": 200, "stream": False, "seed": 1}
+    endless = {**LONG, "max_tokens": CONTEXT - 100}
     for _ in range(2):
         with Process(model, "--kv-offload-bytes", "1000000") as server, server.client() as client:
-            answers.append(client.post("/v1/completions", json={**LONG, "stream": False, "seed": 1}).json())
+            answers.append(client.post("/v1/completions", json=short).json())
             with (
                 pytest.raises(httpx.TransportError),
-                client.stream("POST", "/v1/completions", json=LONG) as response,
+                client.stream("POST", "/v1/completions", json=endless) as response,
             ):
                 read_and_kill(response, server)
             assert server.process.wait(10) == -signal.SIGKILL
