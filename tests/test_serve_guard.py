@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import tiny
 from serving import Running
 
 from fastllm import RequestError
-from fastllm.serve.config import ServeConfig
+from fastllm.serve.config import Limits, ServeConfig
 from fastllm.serve.keys import KeyRing, make_key
 from fastllm.serve.models import Models
 from fastllm.serve.state import ServerState
@@ -337,6 +338,41 @@ def test_connections_end_somewhere(server: Running) -> None:
     time.sleep(0.2)
     with server.client() as client:
         assert client.get("/health").status_code == 200
+
+
+def request_on(connection: socket.socket) -> bytes:
+    connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    found = b""
+    while not found.endswith(b"}"):
+        found += connection.recv(1000) or b"}"
+    return found
+
+
+def test_an_idle_connection_makes_room(server: Running) -> None:
+    """The one that was idle longest; one that has just been used stays."""
+    held = [server.connect() for _ in range(20)]
+    try:
+        for connection in held:
+            assert b" 200 " in request_on(connection)
+        assert b" 200 " in request_on(held[0])
+        with server.connect() as another:
+            assert b" 200 " in request_on(another)
+        assert held[1].recv(100) == b""
+        assert b" 200 " in request_on(held[0])
+        assert b" 200 " in request_on(held[2])
+    finally:
+        for connection in held:
+            connection.close()
+
+
+def test_a_connection_is_kept_for_another_request(path: Path) -> None:
+    """For as long as is asked, and by default longer than what connects keeps it."""
+    assert Limits().idle_seconds > 90
+    with Running(path, limits={"idle_seconds": 0.3}) as running, running.connect() as connection:
+        assert b" 200 " in request_on(connection)
+        time.sleep(0.1)
+        assert b" 200 " in request_on(connection)
+        assert connection.recv(100) == b""
 
 
 def test_an_error_within_says_nothing_of_the_inside(

@@ -95,7 +95,7 @@ def _add_model(group: Any) -> None:
 
 def _add_engine(group: Any) -> None:
     group.add_argument("--quantization", choices=QUANTIZATIONS)
-    group.add_argument("--kv-cache-dtype", choices=tuple(KV_CACHE_DTYPES))
+    group.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES)
     group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer")
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once (64)")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (512)")
@@ -156,6 +156,10 @@ def _add_limits(group: Any) -> None:
     group.add_argument("--max-header-bytes", dest="header_bytes", type=int, default=default.header_bytes)
     group.add_argument("--header-timeout", dest="header_seconds", type=float, default=default.header_seconds)
     group.add_argument("--body-timeout", dest="body_seconds", type=float, default=default.body_seconds)
+    group.add_argument(
+        "--idle-timeout", dest="idle_seconds", type=float, default=default.idle_seconds, metavar="SECONDS",
+        help="that a connection is kept for another request (120)",
+    )  # fmt: skip
     group.add_argument("--max-prompt-tokens", dest="prompt_tokens", type=int)
     group.add_argument(
         "--max-sequences", dest="sequences", type=int, default=default.sequences, help="prompts x n"

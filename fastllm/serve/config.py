@@ -27,6 +27,9 @@ class Limits:
         body_bytes: of a request's body.
         header_bytes: of its request line and headers.
         header_seconds, body_seconds: until the headers, and then the body, have come.
+        idle_seconds: that a connection may be without a request. More than proxies and HTTP clients keep one for
+            another request (Go 90, nginx and AWS 60, Node and Python 5 to 15): whoever closes first must be the
+            one who opens.
         prompt_tokens: of one prompt; None: as many as the model's context holds.
         sequences: that one request may ask for: prompts x n.
         queued: requests that may wait while as many as the engine runs at once are running.
@@ -40,6 +43,7 @@ class Limits:
     header_bytes: int = 32 * KIB
     header_seconds: float = 10.0
     body_seconds: float = 30.0
+    idle_seconds: float = 120.0
     prompt_tokens: int | None = None
     sequences: int = 64
     queued: int = 256
@@ -54,7 +58,7 @@ class Limits:
         for name in ("prompt_tokens", "concurrent", "request_seconds"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        for name in ("header_seconds", "body_seconds"):
+        for name in ("header_seconds", "body_seconds", "idle_seconds"):
             _positive(name, getattr(self, name))
         if self.queued < 0:
             raise RequestError("queued", self.queued, "0 or more")

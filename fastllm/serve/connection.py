@@ -2,6 +2,8 @@
 
 uvicorn reads HTTP with httptools, which sets no bound on the size of headers and none on the time that they
 take (CVE-2025-48956 was that in another server). Here both have one, and so has the number of connections.
+Between requests a connection stays open for longer than a client keeps it in its pool: else clients would meet
+a connection that is just being closed. Where there are too many, the one that was idle longest makes room.
 The body's bounds are `guard.py`'s.
 """
 
@@ -26,10 +28,24 @@ class Connection(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._header_bytes = 0
         self._in_headers = True
-        if len(self.connections) > self.limits.connections:
+        if len(self.connections) > self.limits.connections and not self._close_an_idle_one():
             self._refuse(503, "too many connections")
             return
         self._start_deadline()
+
+    def _close_an_idle_one(self) -> bool:
+        """Makes room: of the connections that wait for another request, the one that has waited longest."""
+        idle = [
+            (other.timeout_keep_alive_task.when(), other.transport)
+            for other in self.connections
+            if isinstance(other, Connection)
+            and other.timeout_keep_alive_task is not None
+            and not other.transport.is_closing()
+        ]
+        if not idle:
+            return False
+        min(idle, key=lambda one: one[0])[1].close()
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_deadline()

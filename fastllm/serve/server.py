@@ -138,6 +138,7 @@ def make_server(
         server_header=False,
         proxy_headers=False,
         backlog=config.limits.connections,
+        timeout_keep_alive=config.limits.idle_seconds,  # type: ignore[arg-type]  # whole seconds to its types
         timeout_graceful_shutdown=max(int(GRACE_SECONDS), 1),
         **options,
     )
