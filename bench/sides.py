@@ -17,9 +17,8 @@ sys.path.insert(0, str(machine.ROOT / "tests"))
 
 import fidelity
 
-from fastllm.executor.cpu import KV_CACHE_DTYPES, CpuExecutor
+from fastllm.executor.cpu import DEFAULT_KV_CACHE_DTYPE, KV_CACHE_DTYPES, CpuExecutor
 from fastllm.formats.checkpoint import open_checkpoint
-from fastllm.loading import KV_CACHE_DTYPES as KV_CACHE_NAMES
 from fastllm.models.registry import spec_from_checkpoint
 
 Texts: TypeAlias = Mapping[str, Sequence[Sequence[int]]]
@@ -29,7 +28,7 @@ Figures: TypeAlias = dict[str, float]
 Results: TypeAlias = dict[str, dict[str, Figures]]
 """Side -> text -> figure -> value."""
 
-DEFAULT_CACHE = KV_CACHE_NAMES["auto"]
+DEFAULT_CACHE = DEFAULT_KV_CACHE_DTYPE
 TOGETHER = "all"  # texts as one
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")

@@ -79,6 +79,9 @@ class AsyncLLM:
         max_loras: int = 8,
         seed: int = 0,
         device: str = "cpu",
+        dtype: str = "auto",
+        deterministic: bool = False,
+        tensor_parallel_size: int = 1,
         hooks: Sequence[EngineHook] = (),
         progress: bool = True,
     ) -> None:
@@ -106,6 +109,9 @@ class AsyncLLM:
             max_loras=max_loras,
             seed=seed,
             device=device,
+            dtype=dtype,
+            deterministic=deterministic,
+            tensor_parallel_size=tensor_parallel_size,
             progress=progress,
         )
         loaded = load_model(options, hooks)

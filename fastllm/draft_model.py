@@ -14,7 +14,8 @@ from fastllm.errors import RequestError
 from fastllm.formats.source import resolve
 
 if TYPE_CHECKING:
-    from fastllm.executor.cpu import CpuExecutor
+    from fastllm.executor.base import ModelExecutor
+    from fastllm.executor.make import Device
     from fastllm.formats.checkpoint import Checkpoint
     from fastllm.formats.keys import KeySource
     from fastllm.formats.tokenizer import Tokenizer
@@ -30,12 +31,12 @@ class DraftModel:
     """A draft model that is ready, but for its KV cache.
 
     Attributes:
-        executor: has its weights; `CpuExecutor.allocate_kv` follows.
+        executor: has its weights; `allocate_kv` follows.
         max_model_len: positions that it has.
         encrypted: whether its weights are encrypted on disk.
     """
 
-    executor: CpuExecutor
+    executor: ModelExecutor
     max_model_len: int
     encrypted: bool = False
 
@@ -45,7 +46,9 @@ def load_draft_model(
     spec: DecoderSpec,
     tokenizer: Tokenizer,
     *,
-    kv_cache_dtypes: Mapping[str, str],
+    place: Device,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
     block_size: int,
     threads: int,
     progress: bool,
@@ -57,7 +60,8 @@ def load_draft_model(
     Args:
         config: speculative_config, checked.
         spec, tokenizer: of the model that it drafts for.
-        kv_cache_dtypes: what the values of its "kv_cache_dtype" mean.
+        place: where the model runs, and the draft model with it.
+        max_num_seqs, max_num_batched_tokens: of the model's steps.
         block_size: tokens per block of the KV cache.
         threads: that compute; 0: all processors.
         progress: say on stderr what is being fetched.
@@ -68,7 +72,6 @@ def load_draft_model(
         RequestError: its vocabulary is another one, or an entry of config does not fit it.
         FastLLMError: it cannot be fetched, read or run.
     """
-    from fastllm.executor.cpu import CpuExecutor
     from fastllm.executor.memory import format_bytes
     from fastllm.formats.checkpoint import open_checkpoint
     from fastllm.formats.tokenizer import load_tokenizer
@@ -87,14 +90,16 @@ def load_draft_model(
             limit = f"at most the draft model's context of {own.context_length} tokens"
             raise RequestError("speculative_config: max_model_len", length, limit)
         check_vocabulary(str(path), spec, tokenizer, own, load_tokenizer(checkpoint))
-        executor = CpuExecutor(
+        executor = place.executor(
             checkpoint,
             own,
             quantization=config.get("quantization"),
-            kv_cache_dtype=kv_cache_dtypes[config.get("kv_cache_dtype", "auto")],
+            kv_cache_dtype=config.get("kv_cache_dtype", "auto"),
             block_size=block_size,
             kv_blocks=0,
             max_model_len=length,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             threads=threads,
             reopen=reopening(path, checkpoint, own),
         )

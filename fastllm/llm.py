@@ -102,7 +102,14 @@ class LLM:
         max_loras: most LoRA adapters loaded at once, up to 256.
         seed: where the seeds of requests without one come from: the same calls in the same order give the
             same answers.
-        device: "cpu".
+        device: "cpu"; "cuda" or "cuda:N", an NVIDIA GPU (extra "gpu"); "interpret", what runs on a GPU on the
+            CPU, in Triton's interpreter: slow, for tests.
+        dtype: of activations, and of weights that are not quantized: "bf16", "fp16" or "fp32"; "auto" is
+            "bf16" on a GPU. A CPU computes in float32: "auto" or "fp32".
+        deterministic: on a GPU, a request's answer does not depend on the others in its batch; slower. On a
+            CPU it never does.
+        tensor_parallel_size: GPUs of this machine among which every layer is split, from the first one on;
+            each width of the model must divide by it.
         hooks: listeners to the engine's events. They are called on the engine's thread and must be short.
         progress: say on stderr what is being fetched.
 
@@ -141,6 +148,9 @@ class LLM:
         max_loras: int = 8,
         seed: int = 0,
         device: str = "cpu",
+        dtype: str = "auto",
+        deterministic: bool = False,
+        tensor_parallel_size: int = 1,
         hooks: Sequence[EngineHook] = (),
         progress: bool = True,
     ) -> None:
@@ -168,6 +178,9 @@ class LLM:
             max_loras=max_loras,
             seed=seed,
             device=device,
+            dtype=dtype,
+            deterministic=deterministic,
+            tensor_parallel_size=tensor_parallel_size,
             progress=progress,
         )
         loaded = load_model(options, hooks)

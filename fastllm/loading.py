@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastllm.draft_model import DraftModel, load_draft_model
 from fastllm.engine.offload import check_options
-from fastllm.errors import CapacityError, ModelFileError, RequestError, UnsupportedModelError
+from fastllm.errors import CapacityError, ModelFileError, RequestError
+from fastllm.executor.make import KV_CACHE_DTYPES, Device
 from fastllm.formats.digest import VerifiedModel, check_sha256
 from fastllm.formats.keys import KeySource
 from fastllm.formats.source import DEFAULT_MODEL, resolve
@@ -24,14 +25,13 @@ from fastllm.formats.source import DEFAULT_MODEL, resolve
 if TYPE_CHECKING:
     from fastllm.engine.engine import Engine
     from fastllm.engine.hooks import EngineHook
-    from fastllm.executor.cpu import CpuExecutor
+    from fastllm.executor.base import ModelExecutor
     from fastllm.formats.checkpoint import Checkpoint
     from fastllm.formats.tokenizer import Tokenizer
     from fastllm.models.spec import DecoderSpec
 
 logger = logging.getLogger(__name__)
 
-KV_CACHE_DTYPES = {"auto": "int16"} | {name: name for name in ("int16", "int8", "fp16", "bf16", "fp32")}
 QUANTIZATIONS = ("int4", "int8")
 BLOCK_SIZES = (16, 32, 64)
 _GUESSES = {"ngram": 10, "draft_model": 4}  # method of speculation: its num_speculative_tokens
@@ -45,7 +45,6 @@ class ModelOptions:
 
     Raises:
         RequestError: naming the option.
-        UnsupportedModelError: a device that there is no executor for.
     """
 
     model: str | os.PathLike[str] = DEFAULT_MODEL
@@ -71,6 +70,9 @@ class ModelOptions:
     max_loras: int = 8
     seed: int = 0
     device: str = "cpu"
+    dtype: str = "auto"
+    deterministic: bool = False
+    tensor_parallel_size: int = 1
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -79,17 +81,16 @@ class ModelOptions:
         KeySource(self.key_file)  # the file itself is read when there is something to decrypt
         if self.sha256 is not None:
             check_sha256(self.sha256)
-        if self.device == "cuda":
-            raise UnsupportedModelError("device: there is no GPU executor yet; 'cpu' runs every model")
-        _choice("device", self.device, ("cpu",))
+        place = self.place
         _choice("quantization", self.quantization, (None, *QUANTIZATIONS))
-        _choice("kv_cache_dtype", self.kv_cache_dtype, tuple(KV_CACHE_DTYPES))
+        _choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        place.check_kv_cache_dtype("kv_cache_dtype", self.kv_cache_dtype)
         _choice("block_size", self.block_size, BLOCK_SIZES)
         if not isinstance(self.enable_prefix_caching, bool):
             raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
         encrypted = False if self.kv_offload_encrypted is None else self.kv_offload_encrypted
         check_options(self.kv_offload_bytes, self.kv_offload_dir, encrypted, self.enable_prefix_caching)
-        _check_speculation(self.speculative_config)
+        _check_speculation(self.speculative_config, place)
         target = self.target_itl_ms
         real = isinstance(target, (int, float)) and not isinstance(target, bool)
         if target is not None and not (real and 0 < target <= 1e6):
@@ -117,6 +118,16 @@ class ModelOptions:
                     raise RequestError(
                         "kv_cache_memory_share", self.kv_cache_memory_share, f"None beside {name}"
                     )
+
+    @property
+    def place(self) -> Device:
+        """Where it runs."""
+        return Device(
+            name=self.device,
+            dtype=self.dtype,
+            deterministic=self.deterministic,
+            tensor_parallel_size=self.tensor_parallel_size,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +162,7 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
     from fastllm.formats.checkpoint import open_checkpoint
     from fastllm.models.registry import spec_from_checkpoint
 
+    options.place.check_usable()
     path = resolve(options.model, progress=options.progress)
     keys = KeySource(options.key_file)
     verified = _verify(path, options.sha256, progress=options.progress)
@@ -175,7 +187,7 @@ def load_model(options: ModelOptions, hooks: Sequence[EngineHook] = ()) -> Loade
             if verified is not None:
                 verified.check_unchanged()
             encrypted = _offload_encrypted(options, checkpoint, draft)
-            identity = f"{known} {options.quantization} {options.kv_cache_dtype}"
+            identity = f"{known} {options.quantization} {options.kv_cache_dtype}{options.place.identity}"
             max_model_len = _max_model_len(options, spec, executor)
             engine = _engine(
                 options, spec, executor, tokenizer, max_model_len, identity, hooks, draft, encrypted
@@ -298,30 +310,20 @@ def _executor(
     spec: DecoderSpec,
     reopen: Callable[[], AbstractContextManager[Checkpoint]],
     draft: DraftModel | None,
-) -> CpuExecutor:
-    from fastllm import _core
-    from fastllm.executor.cpu import CpuExecutor
-
-    dtype = KV_CACHE_DTYPES[options.kv_cache_dtype]
-    kv_cache_bytes = options.kv_cache_memory_bytes
-    beside = 0 if draft is None else draft.executor.kv_bytes_per_block
-    if options.kv_cache_tokens is not None:
-        blocks = -(-options.kv_cache_tokens // options.block_size)
-        with contextlib.suppress(RequestError):  # a decoder that the core does not run: CpuExecutor says so
-            sizes = _core.Decoder(spec.as_dict(), 1)  # without weights: it knows what a block takes
-            kv_cache_bytes = blocks * (sizes.kv_bytes_per_block(options.block_size, dtype) + beside)
-            sizes.close()
-    return CpuExecutor(
+) -> ModelExecutor:
+    return options.place.executor(
         checkpoint,
         spec,
         quantization=options.quantization,
-        kv_cache_dtype=dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
         block_size=options.block_size,
-        kv_cache_bytes=kv_cache_bytes,
+        kv_cache_bytes=options.kv_cache_memory_bytes,
         kv_cache_share=options.kv_cache_memory_share,
-        kv_bytes_beside=beside,
+        kv_cache_tokens=options.kv_cache_tokens,
+        kv_bytes_beside=0 if draft is None else draft.executor.kv_bytes_per_block,
         max_model_len=options.max_model_len or spec.context_length,
         max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
         threads=options.threads or 0,
         reopen=reopen,
         keys=checkpoint.keys,
@@ -338,7 +340,9 @@ def _draft_model(
         config,
         spec,
         tokenizer,
-        kv_cache_dtypes=KV_CACHE_DTYPES,
+        place=options.place,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
         block_size=options.block_size,
         threads=options.threads or 0,
         progress=options.progress,
@@ -347,7 +351,7 @@ def _draft_model(
     )
 
 
-def _max_model_len(options: ModelOptions, spec: DecoderSpec, executor: CpuExecutor) -> int:
+def _max_model_len(options: ModelOptions, spec: DecoderSpec, executor: ModelExecutor) -> int:
     """What was asked for if it fits, else as much as model and cache allow."""
     had = executor.kv_capacity() * executor.block_size
     if options.max_model_len is None:
@@ -367,7 +371,7 @@ def _max_model_len(options: ModelOptions, spec: DecoderSpec, executor: CpuExecut
 def _engine(
     options: ModelOptions,
     spec: DecoderSpec,
-    executor: CpuExecutor,
+    executor: ModelExecutor,
     tokenizer: Tokenizer,
     max_model_len: int,
     identity: str,
@@ -407,7 +411,7 @@ def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise RequestError(name, value, "one of " + ", ".join(repr(choice) for choice in allowed))
 
 
-def _check_speculation(config: object) -> None:
+def _check_speculation(config: object, place: Device) -> None:
     """What `LLM` says of speculative_config; an unknown entry is refused."""
     if config is None:
         return
@@ -435,7 +439,8 @@ def _check_speculation(config: object) -> None:
         elif key == "quantization":
             _choice(name, value, (None, *QUANTIZATIONS))
         elif key == "kv_cache_dtype":
-            _choice(name, value, tuple(KV_CACHE_DTYPES))
+            _choice(name, value, KV_CACHE_DTYPES)
+            place.check_kv_cache_dtype(name, value)
         elif key == "max_model_len":
             _count(name, value, 2, _INT32_MAX)
 

@@ -24,7 +24,7 @@ except ImportError as error:
 
 from fastllm.errors import RequestError
 from fastllm.kernels import library, products
-from fastllm.kernels.layout import BLOCK, GpuMatrix, from_packed, interleave_rows, to_packed
+from fastllm.kernels.layout import BLOCK, GpuMatrix, from_packed, interleave_rows, stack_rows, to_packed
 
 __all__ = [
     "GpuMatrix",
@@ -35,6 +35,7 @@ __all__ = [
     "matmul_int8",
     "quantize_rows",
     "rms_norm_quantize",
+    "stack_rows",
     "to_packed",
 ]
 

@@ -26,6 +26,7 @@ scale * (code - zero) + min. What stands in columns from K on meets activations 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,18 @@ class GpuMatrix:
         if self.extra is not None:
             return "u6"
         return "u4 groups" if self.kind == "u4" and not self.plain else self.kind
+
+    def same_layout(self, other: GpuMatrix) -> bool:
+        """Whether the two differ in their rows alone, and so can be one."""
+        return _layout(replace(other, rows=self.rows)) == _layout(self)
+
+    def row_range(self, start: int, count: int) -> GpuMatrix:
+        """Rows from `start` on, copied."""
+        planes: dict[str, Any] = {
+            name: None if plane is None else plane[:, start : start + count].contiguous()
+            for name, plane in ((name, getattr(self, name)) for name in PLANES)
+        }
+        return _settled(replace(self, rows=count, **planes))
 
     @property
     def nbytes(self) -> int:
@@ -173,6 +186,25 @@ def interleave_rows(gate: GpuMatrix, up: GpuMatrix) -> GpuMatrix:
 
     planes: dict[str, Any] = {name: merged(getattr(gate, name), getattr(up, name)) for name in PLANES}
     return _settled(replace(gate, rows=2 * gate.rows, **planes))
+
+
+def stack_rows(matrices: Sequence[GpuMatrix]) -> GpuMatrix:
+    """The rows of several matrices, one after the other: products with the same input as one.
+
+    Raises:
+        RequestError: matrices of different columns or layouts.
+    """
+    first = matrices[0]
+    for matrix in matrices[1:]:
+        if not first.same_layout(matrix):
+            raise RequestError("matrices", _layout(matrix), f"the layout of the first, {_layout(first)}")
+
+    def stacked(name: str) -> torch.Tensor | None:
+        parts = [plane for plane in (getattr(matrix, name) for matrix in matrices) if plane is not None]
+        return torch.cat(parts, dim=1) if parts else None
+
+    planes: dict[str, Any] = {name: stacked(name) for name in PLANES}
+    return _settled(replace(first, rows=sum(matrix.rows for matrix in matrices), **planes))
 
 
 def _layout(matrix: GpuMatrix) -> tuple[object, ...]:

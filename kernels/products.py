@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -69,26 +70,26 @@ def _zeros(device: torch.device) -> torch.Tensor:
     return zeros
 
 
-class _Grid:
-    """The programs of a product, and its scratch memory."""
+class Grid:
+    """The programs of a product of m rows and n outputs, with K in `blocks`, and its scratch memory."""
 
     def __init__(
-        self, like: torch.Tensor, m: int, w: GpuMatrix, tile: Tile, sums: torch.dtype, pinned: bool
+        self, like: torch.Tensor, m: int, n: int, blocks: int, tile: Tile, sums: torch.dtype, pinned: bool
     ) -> None:
-        n_tiles = math.ceil(w.rows / tile.bn)
+        n_tiles = math.ceil(n / tile.bn)
         self.tiles = n_tiles * math.ceil(m / tile.bm)
         # Pinned, the parts of K follow from the matrix alone: a row's sums must not depend on M.
         tiles = n_tiles if pinned else self.tiles
         wanted = multiprocessors(like.device) * tile.programs // tiles
-        self.parts = max(1, min(wanted, w.blocks, PARTS)) if tiles <= COUNTERS else 1
+        self.parts = max(1, min(wanted, blocks, PARTS)) if tiles <= COUNTERS else 1
         size = self.parts * self.tiles * tile.bn * tile.bm if self.parts > 1 else 1
         self.partial = like.new_empty(size, dtype=sums)
         self.counters = _zeros(like.device)
 
 
-def _slices(m: int, w: GpuMatrix, tile: Tile) -> list[slice]:
+def row_slices(m: int, n: int, tile: Tile) -> list[slice]:
     """All rows, in runs for which there are counters enough, and of which the sums take little memory."""
-    most = max(1, min(COUNTERS // math.ceil(w.rows / tile.bn), PINNED_ROWS // tile.bm)) * tile.bm
+    most = max(1, min(COUNTERS // math.ceil(n / tile.bn), PINNED_ROWS // tile.bm)) * tile.bm
     return [slice(first, first + most) for first in range(0, m, most)]
 
 
@@ -107,14 +108,33 @@ def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if tensor is None else tensor
 
 
+def planes(w: GpuMatrix) -> tuple[torch.Tensor, ...]:
+    """The tensors of a matrix, as its kernels take them."""
+    return (
+        w.codes, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales), _or(w.mins, w.scales),
+        _or(w.submins, w.scales),
+    )  # fmt: skip
+
+
+def layout(w: GpuMatrix) -> dict[str, Any]:
+    """What its kernels are compiled for."""
+    return {
+        "KIND": w.kind,
+        "ZERO": w.zero,
+        "GROUP": w.group,
+        "SUB": w.subscales is not None,
+        "MIN": w.mins is not None,
+    }
+
+
 def weight_only(
     x: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None, paired: bool,
-    tile: Tile, pinned: bool = False,
+    tile: Tile, pinned: bool = False, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The product by weight_only.py, whose arguments are checked."""
+    """The product by weight_only.py, whose arguments are checked; in `out`, of any dtype, if given."""
     m = x.shape[0]
-    y = x.new_empty(m, w.rows // 2 if paired else w.rows)
-    grid = _Grid(x, m, w, tile, torch.float32, pinned)
+    y = x.new_empty(m, w.rows // 2 if paired else w.rows) if out is None else out
+    grid = Grid(x, m, w.rows, w.blocks, tile, torch.float32, pinned)
     x_tiles, code_tiles = x, w.codes
     descriptors = bool(tile.descriptors) and w.extra is None and _describable(x)
     if descriptors:
@@ -123,12 +143,10 @@ def weight_only(
         code_tiles = TensorDescriptor.from_tensor(w.codes.view(-1, words), [tile.bn, words])
     overlap = _overlaps(x.device)
     weight_only_kernel[(grid.tiles, grid.parts)](
-        x, x_tiles, w.codes, code_tiles, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales),
-        _or(w.mins, w.scales), _or(w.submins, w.scales), _or(bias, y), _or(residual, y), y,
+        x, x_tiles, w.codes, code_tiles, *planes(w)[1:], _or(bias, y), _or(residual, y), y,
         grid.partial, grid.counters, m, w.rows, w.cols,
         x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
-        KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
-        BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
+        **layout(w), BIAS=bias is not None, PAIRED=paired, RESIDUAL=residual is not None,
         BN=tile.bn, BM=tile.bm, STAGES=tile.stages, AFTER=w.plain and tile.scales_sums,
         EVEN_K=w.cols % BLOCK == 0, DESCRIPTORS=descriptors, OVERLAP=overlap, NATIVE=not INTERPRETED,
         num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=True,
@@ -144,7 +162,7 @@ def int8(
     """The product by int8.py, whose arguments are checked."""
     m = q.shape[0]
     y = q.new_empty(m, w.rows // 2 if paired else w.rows, dtype=dtype)
-    grid = _Grid(q, m, w, tile, torch.float32 if w.group else torch.int32, pinned)
+    grid = Grid(q, m, w.rows, w.blocks, tile, torch.float32 if w.group else torch.int32, pinned)
     weights = w.codes.view(torch.int8).view(w.blocks * w.rows, BLOCK)
     x_tiles, w_tiles = q, weights
     descriptors = bool(tile.descriptors) and _describable(q)
@@ -187,10 +205,8 @@ def dequantize(w: GpuMatrix, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(w.rows, w.cols, dtype=dtype, device=w.device)
     rows = 64
     dequantize_kernel[(math.ceil(w.rows / rows), w.blocks)](
-        w.codes, _or(w.extra, w.codes), w.scales, _or(w.subscales, w.scales), _or(w.mins, w.scales),
-        _or(w.submins, w.scales), out, w.rows, w.cols, out.stride(0),
-        KIND=w.kind, ZERO=w.zero, GROUP=w.group, SUB=w.subscales is not None, MIN=w.mins is not None,
-        BN=rows, NATIVE=not INTERPRETED, num_warps=4, enable_fp_fusion=False,
+        *planes(w), out, w.rows, w.cols, out.stride(0),
+        **layout(w), BN=rows, NATIVE=not INTERPRETED, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -207,23 +223,25 @@ def dequantized_product(
 
 def choose_weight_only(
     x: torch.Tensor, w: GpuMatrix, bias: torch.Tensor | None, residual: torch.Tensor | None, paired: bool,
-    deterministic: bool,
+    deterministic: bool, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The product by the path that the table names for M; by one path for all M if deterministic."""
+    """The product by the path that the table names for M; by one path for all M if deterministic.
+
+    With an `out` of its own, whose dtype may be another than x's, a product never goes to the vendor's
+    library.
+    """
     m = x.shape[0]
     choices = tiles_of(x.device)
-    if deterministic:
-        tile = choices.tile(w.tile_kind, DETERMINISTIC)
-        parts = [
-            weight_only(
-                x[rows], w, bias, None if residual is None else residual[rows], paired, tile, pinned=True
-            )
-            for rows in _slices(m, w, tile)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    if m >= choices.dequantize_from:
-        return dequantized_product(x, w, bias, residual, paired)
-    return weight_only(x, w, bias, residual, paired, choices.tile(w.tile_kind, m))
+    if not deterministic:
+        if m >= choices.dequantize_from and out is None:
+            return dequantized_product(x, w, bias, residual, paired)
+        return weight_only(x, w, bias, residual, paired, choices.tile(w.tile_kind, m), out=out)
+    tile = choices.tile(w.tile_kind, DETERMINISTIC)
+    y = x.new_empty(m, w.rows // 2 if paired else w.rows) if out is None else out
+    for rows in row_slices(m, w.rows, tile):
+        added = None if residual is None else residual[rows]
+        weight_only(x[rows], w, bias, added, paired, tile, True, y[rows])
+    return y
 
 
 def choose_int8(
@@ -237,7 +255,7 @@ def choose_int8(
         return int8(q, scale, w, bias, residual, paired, dtype, choices.tile("int8", q.shape[0]))
     tile = choices.tile("int8", DETERMINISTIC)
     parts = []
-    for rows in _slices(q.shape[0], w, tile):
+    for rows in row_slices(q.shape[0], w.rows, tile):
         added = None if residual is None else residual[rows]
         parts.append(int8(q[rows], scale[rows], w, bias, added, paired, dtype, tile, pinned=True))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -51,7 +51,7 @@ def weight_only_kernel(
     rows = tl.minimum(n0 + tl.arange(0, BN), N - 1)
     m = m0 + tl.arange(0, BM)
     k = tl.arange(0, 128)
-    T: tl.constexpr = y.dtype.element_ty
+    T: tl.constexpr = x.dtype.element_ty
     IN_LOOP: tl.constexpr = GROUP != 0 or MIN
 
     blocks = tl.cdiv(K, 128)

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastllm.kernels import products
+from fastllm.kernels import activation, dense, embedding, heads, low_rank, norm, products
 from fastllm.kernels.layout import GpuMatrix
 from fastllm.kernels.tiles import Tile, table
 
@@ -34,6 +34,7 @@ DTYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
     torch.int8: "i8",
@@ -64,12 +65,14 @@ class Recorder:
             elif isinstance(value, TensorDescriptor):
                 block = ", ".join(map(str, value.block_shape))
                 signature[name] = f"tensordesc<{DTYPES[value.base.dtype]}[{block}]>"
-            elif name not in named and name != "eps":
-                signature[name] = "i32"
-                if value % 16 == 0 and name != "M":
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            elif name == "eps":
+            elif name in named:
+                continue
+            elif isinstance(value, float):
                 signature[name] = "fp32"
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0 and name not in self.kernel.do_not_specialize:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
         constants = {name: values[name] for name, kind in signature.items() if kind == "constexpr"}
         source = triton.compiler.ASTSource(
             fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes
@@ -158,33 +161,81 @@ def jobs(target: str) -> Iterator[tuple[str, str, int, Tile, torch.dtype]]:
             yield "weight_only", layout_name, m, tile, torch.float16
 
 
+KERNELS = {
+    activation: ("activation_kernel",),
+    dense: ("dense_kernel",),
+    embedding: ("embedding_kernel",),
+    heads: ("prepare_heads_kernel",),
+    low_rank: ("shrink_kernel", "expand_kernel"),
+    norm: ("norm_kernel",),
+    products: ("weight_only_kernel", "int8_kernel", "quantize_rows_kernel", "dequantize_kernel"),
+}
+
+
+def record(target: str, results: list[dict[str, Any]]) -> list[Recorder]:
+    """Puts recorders in the place of all kernels."""
+    recorders = []
+    for module, names in KERNELS.items():
+        for name in names:
+            kernel = getattr(module, name)
+            plain = kernel.kernel if isinstance(kernel, Recorder) else kernel
+            recorders.append(Recorder(plain, target, results))
+            setattr(module, name, recorders[-1])
+    products._overlaps = lambda _: target >= "sm_90"  # type: ignore[assignment]
+    return recorders
+
+
+def compile_products(target: str, recorders: list[Recorder]) -> None:
+    for path, layout_name, m, tile, dtype in dict.fromkeys(jobs(target)):
+        w = weights(*LAYOUTS[layout_name])
+        label = {"path": path, "layout": layout_name, "m": m, "tile": list(tile), "dtype": str(dtype)}
+        for recorder in recorders:
+            recorder.label = label
+        if path == "int8":
+            q, scale = torch.zeros(m, 512, dtype=torch.int8), torch.zeros(m)
+            products.int8(q, scale, w, None, None, False, dtype, tile)
+        else:
+            x = torch.zeros(m, 512, dtype=dtype)
+            products.weight_only(x, w, None, None, False, tile)
+    for m in (1, 64, 512):
+        for recorder in recorders:
+            recorder.label = {"path": "dense", "layout": "", "m": m, "tile": [], "dtype": "torch.bfloat16"}
+        x, plain = torch.zeros(m, 512, dtype=torch.bfloat16), torch.zeros(256, 512, dtype=torch.bfloat16)
+        dense.dense(x, plain, out=torch.zeros(m, 256))
+
+
+def compile_others(recorders: list[Recorder]) -> None:
+    for recorder in recorders:
+        recorder.label = {"path": "others", "layout": "", "m": 1, "tile": [], "dtype": "torch.bfloat16"}
+    bf16 = torch.bfloat16
+    x, vector, row = torch.zeros(2, 8192, dtype=bf16), torch.zeros(8192), torch.zeros(1, dtype=torch.int32)
+    packed = weights(*LAYOUTS["u4 g32 sub min"])
+    products.quantize_rows(x, vector, 1e-5)
+    products.dequantize(packed, bf16)
+    norm.norm(x, vector, None, x, 1e-5, layer=False)
+    norm.norm(x, vector, vector, None, 1e-5, layer=True)
+    for kind in ("silu", "gelu", "gelu_tanh"):
+        activation.activation(x, kind, gated=True)
+    for matrix in (x, packed, weights(*LAYOUTS["u6 g16 sub"]), weights(*LAYOUTS["i8 g32"])):
+        embedding.embedding(row, row, row, matrix, None, 1.5, bf16)
+    for kind, scales in ((bf16, None), (torch.int8, torch.zeros(4, 8, 16))):
+        for d in (64, 80, 128, 256):
+            cache = torch.zeros(4, 8, 16, d, dtype=kind)
+            qkv, table = torch.zeros(1, 48 * d, dtype=bf16), torch.zeros(64, d // 2)
+            layer = heads.LayerCache(cache, cache, scales, scales)
+            heads.prepare_heads(qkv, vector, vector, table, table, row, row, layer, 1e-5, 32)
+    for rank in (16, 64, 256):
+        a, b = torch.zeros(4, rank, 8192, dtype=bf16), torch.zeros(4, 256, rank, dtype=bf16)
+        low_rank.add_low_rank(x[:1], row, a, b, torch.zeros(4), torch.zeros(1, 256, dtype=bf16))
+
+
 def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     for target in sys.argv[1:]:
         results: list[dict[str, Any]] = []
-        recorders = {}
-        for name in ("weight_only_kernel", "int8_kernel", "quantize_rows_kernel", "dequantize_kernel"):
-            kernel = getattr(products, name)
-            recorders[name] = Recorder(
-                kernel.kernel if isinstance(kernel, Recorder) else kernel, target, results
-            )
-            setattr(products, name, recorders[name])
-        products._overlaps = lambda _, target=target: target >= "sm_90"  # type: ignore[assignment]
-        for path, layout_name, m, tile, dtype in dict.fromkeys(jobs(target)):
-            w = weights(*LAYOUTS[layout_name])
-            label = {"path": path, "layout": layout_name, "m": m, "tile": list(tile), "dtype": str(dtype)}
-            for recorder in recorders.values():
-                recorder.label = label
-            if path == "int8":
-                q, scale = torch.zeros(m, 512, dtype=torch.int8), torch.zeros(m)
-                products.int8(q, scale, w, None, None, False, dtype, tile)
-            else:
-                x = torch.zeros(m, 512, dtype=dtype)
-                products.weight_only(x, w, None, None, False, tile)
-        for recorder in recorders.values():
-            recorder.label = {"path": "others", "layout": "", "m": 1, "tile": [], "dtype": "torch.bfloat16"}
-        products.quantize_rows(torch.zeros(2, 8192, dtype=torch.bfloat16), torch.zeros(8192), 1e-5)
-        products.dequantize(weights(*LAYOUTS["u4 g32 sub min"]), torch.bfloat16)
+        recorders = record(target, results)
+        compile_products(target, recorders)
+        compile_others(recorders)
         for result in results:
             print(json.dumps(result), flush=True)
 

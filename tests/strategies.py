@@ -16,6 +16,8 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 from random_blocks import random_blocks
 
+from fastllm.models.spec import DecoderSpec
+
 Float32 = npt.NDArray[np.float32]
 
 LANES = 16
@@ -214,4 +216,47 @@ def truncations() -> st.SearchStrategy[dict[str, Any]]:
             "top_p": st.sampled_from((1.0, 0.05, 0.5, 0.9, 0.99)),
             "min_p": st.sampled_from((0.0, 0.01, 0.1, 0.5, 1.0)),
         }
+    )
+
+
+@st.composite
+def decoder_specs(draw: st.DrawFn) -> DecoderSpec:
+    """Decoders that no registered architecture has: every combination that the core accepts."""
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    head_dim, layers = draw(st.sampled_from((16, 32, 48))), draw(st.integers(1, 3))
+    window = draw(st.sampled_from((0, 1, 9, 70)))
+    norm = draw(st.sampled_from(("rms", "layer")))
+    rotary = draw(st.sampled_from((0, 2, head_dim // 2, head_dim)))
+    post_norms = draw(st.booleans())
+    return DecoderSpec(
+        architecture="drawn",
+        vocab_size=draw(sizes(20, 90)),
+        dim=draw(sizes(16, 100)),
+        num_layers=layers,
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_dim=draw(sizes(8, 120)),
+        context_length=256,
+        norm=norm,
+        norm_eps=1e-5,
+        norm_bias=norm == "layer" and not post_norms and draw(st.booleans()),
+        post_norms=post_norms,
+        qk_norm=norm == "rms" and draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        o_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        rope_style="half" if rotary else "none",
+        rope_base=draw(st.sampled_from((100.0, 10000.0))),
+        rope_base_sliding=draw(st.sampled_from((0.0, 50.0))),
+        rotary_dim=rotary,
+        rope_linear_factor=draw(st.sampled_from((1.0, 4.0))),
+        rope_factors=tuple(float(1 + i) for i in range(rotary // 2)) if draw(st.booleans()) else (),
+        attn_softcap=draw(st.sampled_from((0.0, 3.0))),
+        sliding_window=window,
+        sliding_layers=tuple(draw(st.booleans()) for _ in range(layers)) if window else (),
+        activation=draw(st.sampled_from(("silu", "gelu_tanh"))),
+        embedding_scale=draw(st.sampled_from((1.0, 8.0))),
+        final_softcap=draw(st.sampled_from((0.0, 5.0))),
+        tied_head=draw(st.booleans()),
     )

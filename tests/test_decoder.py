@@ -121,49 +121,6 @@ def test_quantization_while_loading(quantization: str, tmp_path: Path) -> None:
         assert made.weight_bytes < 0.7 * plain.weight_bytes
 
 
-@st.composite
-def specs(draw: st.DrawFn) -> DecoderSpec:
-    """Decoders that no registered architecture has: every combination that the core accepts."""
-    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    head_dim, layers = draw(st.sampled_from((16, 32, 48))), draw(st.integers(1, 3))
-    window = draw(st.sampled_from((0, 1, 9, 70)))
-    norm = draw(st.sampled_from(("rms", "layer")))
-    rotary = draw(st.sampled_from((0, 2, head_dim // 2, head_dim)))
-    post_norms = draw(st.booleans())
-    return DecoderSpec(
-        architecture="drawn",
-        vocab_size=draw(strategies.sizes(20, 90)),
-        dim=draw(strategies.sizes(16, 100)),
-        num_layers=layers,
-        num_heads=kv_heads * group,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn_dim=draw(strategies.sizes(8, 120)),
-        context_length=256,
-        norm=norm,
-        norm_eps=1e-5,
-        norm_bias=norm == "layer" and not post_norms and draw(st.booleans()),
-        post_norms=post_norms,
-        qk_norm=norm == "rms" and draw(st.booleans()),
-        qkv_bias=draw(st.booleans()),
-        o_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
-        rope_style="half" if rotary else "none",
-        rope_base=draw(st.sampled_from((100.0, 10000.0))),
-        rope_base_sliding=draw(st.sampled_from((0.0, 50.0))),
-        rotary_dim=rotary,
-        rope_linear_factor=draw(st.sampled_from((1.0, 4.0))),
-        rope_factors=tuple(float(1 + i) for i in range(rotary // 2)) if draw(st.booleans()) else (),
-        attn_softcap=draw(st.sampled_from((0.0, 3.0))),
-        sliding_window=window,
-        sliding_layers=tuple(draw(st.booleans()) for _ in range(layers)) if window else (),
-        activation=draw(st.sampled_from(("silu", "gelu_tanh"))),
-        embedding_scale=draw(st.sampled_from((1.0, 8.0))),
-        final_softcap=draw(st.sampled_from((0.0, 5.0))),
-        tied_head=draw(st.booleans()),
-    )
-
-
 def drawn_decoder(spec: DecoderSpec, seed: int) -> tuple[Any, dict[tuple[str, int], npt.NDArray[np.float64]]]:
     """A decoder with random weights set slot by slot, and the same weights for the oracle."""
     rng = np.random.default_rng(seed)
@@ -183,7 +140,7 @@ def drawn_decoder(spec: DecoderSpec, seed: int) -> tuple[Any, dict[tuple[str, in
     return decoder, weights
 
 
-@given(specs(), strategies.seeds(), strategies.sizes(1, 140))
+@given(strategies.decoder_specs(), strategies.seeds(), strategies.sizes(1, 140))
 def test_any_spec_agrees_with_the_oracle(spec: DecoderSpec, seed: int, length: int) -> None:
     decoder, weights = drawn_decoder(spec, seed)
     tokens = np.random.default_rng(seed).integers(0, spec.vocab_size, length).tolist()

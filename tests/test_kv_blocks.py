@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import strategies
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from step_batches import Chunk, step_batch
-from test_decoder import executor, specs
+from test_decoder import executor
 
 from fastllm import _core
 from fastllm.errors import RequestError
@@ -64,7 +65,7 @@ def test_a_block_that_moved_gives_the_same_bits(dtype: str, block_size: int, dir
         assert np.array_equal(again, kept)
 
 
-@given(specs(), st.sampled_from(KV_CACHE_DTYPES), st.sampled_from(BLOCK_SIZES), st.data())
+@given(strategies.decoder_specs(), st.sampled_from(KV_CACHE_DTYPES), st.sampled_from(BLOCK_SIZES), st.data())
 def test_every_byte_of_a_block_is_its_own(
     spec: DecoderSpec, dtype: str, block_size: int, data: st.DataObject
 ) -> None:

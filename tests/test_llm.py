@@ -34,7 +34,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastllm
-from fastllm import LLM, CapacityError, EngineDeadError, RequestError, SamplingParams, UnsupportedModelError
+from fastllm import LLM, CapacityError, EngineDeadError, RequestError, SamplingParams
 from fastllm.engine.engine import Engine
 from fastllm.engine.hooks import EngineHook, Queued
 from fastllm.engine_thread import EngineThread, Mailbox, join_deltas
@@ -723,6 +723,11 @@ print(len(llm.generate(["abc"] * 3, GREEDY)))
         ({"model": 5}, "model"),
         ({"model": "no/such/file.gguf"}, "model"),
         ({"device": "tpu"}, "device"),
+        ({"device": "cuda:x"}, "device"),
+        ({"dtype": "bf16"}, "dtype"),
+        ({"dtype": "int8", "device": "cuda"}, "dtype"),
+        ({"deterministic": 1}, "deterministic"),
+        ({"kv_cache_dtype": "int16", "device": "cuda"}, "kv_cache_dtype"),
         ({"quantization": "int3"}, "quantization"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"block_size": 17}, "block_size"),
@@ -751,9 +756,17 @@ def test_a_bad_option_is_named_before_anything_is_fetched(options: dict[str, Any
     assert caught.value.field == field
 
 
-def test_there_is_no_gpu_yet() -> None:
-    with pytest.raises(UnsupportedModelError, match="GPU"):
-        LLM("nowhere.gguf", device="cuda")
+def test_a_missing_gpu_is_named_before_anything_is_fetched() -> None:
+    code = (
+        "import sys, torch; from fastllm import LLM, UnsupportedModelError\n"
+        "torch.cuda.is_available = lambda: False\n"
+        "for device in 'cuda', 'cuda:1', 'interpret':\n"
+        "    try: LLM('nowhere.gguf', device=device)\n"
+        "    except UnsupportedModelError as error: assert 'GPU' in str(error), error\n"
+        "    else: sys.exit(1)"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=plain)
 
 
 def test_importing_fastllm_imports_next_to_nothing() -> None:

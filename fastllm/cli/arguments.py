@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from fastllm.executor.make import KV_CACHE_DTYPES
 from fastllm.formats.source import DEFAULT_MODEL
-from fastllm.loading import KV_CACHE_DTYPES, QUANTIZATIONS
+from fastllm.loading import QUANTIZATIONS
 from fastllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kv-cache-dtype",
-        choices=tuple(KV_CACHE_DTYPES),
+        choices=KV_CACHE_DTYPES,
         default="auto",
         help="number format of the KV cache (default: auto, which is fp16)",
     )

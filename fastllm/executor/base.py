@@ -128,6 +128,34 @@ class Executor(Protocol):
         ...
 
 
+class ModelExecutor(Executor, Protocol):
+    """An executor that has read a model: what loading needs of it."""
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of one block of its KV cache."""
+        ...
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of its KV cache."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step uses."""
+        ...
+
+    def allocate_kv(self, blocks: int) -> None:
+        """Make the KV cache, of so many blocks, in place of the one there is."""
+        ...
+
+
 class PreparedAdapter(Protocol):
     """A LoRA adapter in the form in which the executor that read it takes it."""
 

@@ -7,10 +7,10 @@ after, so loading holds little more than the packed weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,10 @@ import numpy.typing as npt
 from fastllm import _core
 from fastllm.errors import CapacityError, RequestError, UnsupportedModelError
 from fastllm.executor.base import StepBatch, StepResult
+from fastllm.executor.kv_size import kv_blocks as size_kv
 from fastllm.executor.memory import available_memory, format_bytes
+from fastllm.executor.packing import pack_matrix, packed_slots
 from fastllm.models.adapters import WEIGHTS_NAME, read_adapter
-from fastllm.models.loader import SlotTensor, iter_tensors, to_float32
 from fastllm.models.registry import hf_names
 from fastllm.models.spec import DecoderSpec
 
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KV_CACHE_DTYPES = ("int16", "int8", "fp16", "bf16", "fp32")
+DEFAULT_KV_CACHE_DTYPE = "int16"
 QUANTIZATIONS = ("int4", "int8")
 BLOCK_SIZES = (16, 32, 64)
 
 # Without a size asked for: a share of the free memory, but no more than every sequence at full length needs.
 _DEFAULT_MEMORY_SHARE = 0.5
-_QUANTIZATION_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +76,7 @@ class CpuExecutor:
             most half of the memory that is free once the weights are loaded.
         kv_cache_share: the same as a share, in (0, 1], of the memory that is free once the weights are
             loaded.
+        kv_cache_tokens: the same in tokens, rounded up to whole blocks.
         kv_bytes_beside: what a block takes elsewhere besides, in another executor's cache of as many blocks:
             counted in all sizes above.
         kv_blocks: blocks of the KV cache, whatever the above says; 0: none before `allocate_kv`.
@@ -97,10 +99,11 @@ class CpuExecutor:
         spec: DecoderSpec,
         *,
         quantization: str | None = None,
-        kv_cache_dtype: str = "int16",
+        kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
         block_size: int = 16,
         kv_cache_bytes: int | None = None,
         kv_cache_share: float | None = None,
+        kv_cache_tokens: int | None = None,
         kv_bytes_beside: int = 0,
         kv_blocks: int | None = None,
         max_model_len: int,
@@ -137,6 +140,8 @@ class CpuExecutor:
         self.kv_bytes_per_block = self._decoder.kv_bytes_per_block(block_size, kv_cache_dtype)
         self._kv_beside = kv_bytes_beside
         self._kv_blocks = self.kv_cache_bytes = 0
+        if kv_cache_tokens is not None:
+            kv_cache_bytes = -(-kv_cache_tokens // block_size) * (self.kv_bytes_per_block + kv_bytes_beside)
         if kv_blocks is None:
             kv_blocks = self._size_kv(kv_cache_bytes, kv_cache_share, max_model_len, max_num_seqs)
         if kv_blocks:
@@ -149,9 +154,8 @@ class CpuExecutor:
         self.kv_cache_bytes = blocks * self.kv_bytes_per_block
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        for slot, layer, weights in _packed(
-            checkpoint, self._spec, self._quantization, self._decoder.threads
-        ):
+        pack = partial(pack_matrix, quantization=self._quantization)
+        for slot, layer, weights in packed_slots(checkpoint, self._spec, pack, self._decoder.threads):
             self._decoder.set(slot, layer, weights)
         self._decoder.check_complete()
 
@@ -159,47 +163,25 @@ class CpuExecutor:
         """Blocks of the KV cache; the arithmetic goes to the log."""
         dtype = self._kv_cache_dtype
         own, beside = self.kv_bytes_per_block, self._kv_beside
-        per_block = own + beside
-        per_sequence = -(-max_model_len // self._block_size)
-        free = available_memory()
-        wanted = per_sequence * max_num_seqs
-        if share is not None:
-            blocks = int(free * share) // per_block
-            origin = f"{share:g} of {format_bytes(free)} free"
-        elif asked is None:
-            blocks = min(wanted, max(int(free * _DEFAULT_MEMORY_SHARE) // per_block, 1))
-            origin = (
-                f"{max_num_seqs} sequences of {max_model_len} tokens or half of {format_bytes(free)} free"
-            )
-        else:
-            blocks = asked // per_block
-            origin = f"{format_bytes(asked)} asked"
-            if asked > free:
-                raise CapacityError(
-                    f"KV cache of {blocks} blocks x {self._block_size} tokens x "
-                    f"{per_block // self._block_size} bytes/token, "
-                    f"beside {format_bytes(self._decoder.weight_bytes)} of weights",
-                    asked=asked,
-                    had=free,
-                    would_fit=free // per_block * per_block,
-                    unit="bytes",
-                )
-        blocks = min(blocks, (2**31 - 1) // self._block_size - 1)
-        if blocks < 1:
-            raise CapacityError(
-                f"one block of {self._block_size} tokens in the KV cache",
-                asked=per_block,
-                had=int(free * share) if share is not None else free if asked is None else asked,
-                would_fit=0,
-                unit="bytes",
-            )
+        blocks, origin = size_kv(
+            free=available_memory(),
+            own=own,
+            beside=beside,
+            weights=self._decoder.weight_bytes,
+            block_size=self._block_size,
+            asked=asked,
+            share=share,
+            default_share=_DEFAULT_MEMORY_SHARE,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        )
         draft = f" and {beside // self._block_size} of a draft model" if beside else ""
         logger.info(
             "KV cache: %d blocks x %d tokens x %s = %s for %d tokens (%s); weights: %s; %s, %d threads",
             blocks,
             self._block_size,
             f"{own // self._block_size} bytes/token in {dtype}{draft}",
-            format_bytes(blocks * per_block),
+            format_bytes(blocks * (own + beside)),
             blocks * self._block_size,
             origin,
             format_bytes(self._decoder.weight_bytes),
@@ -361,47 +343,3 @@ class CpuExecutor:
 def _choice(field: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise RequestError(field, value, "one of " + ", ".join(repr(choice) for choice in allowed))
-
-
-def _packed(
-    checkpoint: Checkpoint, spec: DecoderSpec, quantization: str | None, threads: int
-) -> Iterator[tuple[str, int, _core.PackedMatrix | npt.NDArray[np.float32]]]:
-    """Packs the slots on a few threads, at most two tensors per thread ahead."""
-    pending: list[tuple[SlotTensor, Future[_core.PackedMatrix]]] = []
-
-    def finished() -> tuple[str, int, _core.PackedMatrix]:
-        entry, future = pending.pop(0)
-        matrix = future.result()
-        # A fused tensor's other parts may still be being packed from the same memory.
-        if all(other.tensor.name != entry.tensor.name for other, _ in pending):
-            checkpoint.release(entry.tensor.name)
-        return entry.slot, entry.layer, matrix
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="fastllm-pack") as workers:
-        for entry in iter_tensors(checkpoint, spec):
-            if entry.slot == "rope_factors":  # part of the spec already
-                continue
-            if len(entry.tensor.shape) == 1:
-                values = to_float32(entry.tensor)
-                if entry.row_order is not None:
-                    values = values[entry.row_order]
-                yield entry.slot, entry.layer, np.ascontiguousarray(values)
-                continue
-            pending.append((entry, workers.submit(_pack, entry, quantization)))
-            if len(pending) > 2 * threads:
-                yield finished()
-        while pending:
-            yield finished()
-
-
-def _pack(entry: SlotTensor, quantization: str | None) -> _core.PackedMatrix:
-    tensor = entry.tensor
-    rows, cols = tensor.shape
-    if quantization is not None and tensor.dtype in ("F32", "F16", "BF16"):
-        numpy_type = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
-        values = tensor.data.view(numpy_type).reshape(rows, cols)
-        if entry.row_order is not None:
-            values = values[entry.row_order]
-        bits = 4 if quantization == "int4" and entry.slot not in ("embed", "head") else 8
-        return _core.PackedMatrix.quantize(np.ascontiguousarray(values), bits, _QUANTIZATION_GROUP)
-    return _core.PackedMatrix.from_ggml(tensor.dtype, tensor.data, rows, cols, entry.row_order)

@@ -151,6 +151,11 @@ class KeySource:
         source._key = key
         return source
 
+    @property
+    def file(self) -> Path | None:
+        """The file that was named, absolute; None: the environment says."""
+        return self._file
+
     def key(self, what: str) -> bytes:
         """The key.
 

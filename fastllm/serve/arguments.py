@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastllm.errors import RequestError
+from fastllm.executor.make import KV_CACHE_DTYPES
 from fastllm.formats.source import DEFAULT_MODEL
-from fastllm.loading import KV_CACHE_DTYPES, QUANTIZATIONS
+from fastllm.loading import QUANTIZATIONS
 from fastllm.serve.config import LOG_FORMATS, TLS_VERSIONS, Limits, ServeConfig
 
 ENGINE = (

@@ -27,9 +27,9 @@ class Limits:
         body_bytes: of a request's body.
         header_bytes: of its request line and headers.
         header_seconds, body_seconds: until the headers, and then the body, have come.
-        idle_seconds: that a connection may be without a request. More than proxies and HTTP clients keep one for
-            another request (Go 90, nginx and AWS 60, Node and Python 5 to 15): whoever closes first must be the
-            one who opens.
+        idle_seconds: that a connection may be without a request. More than proxies and HTTP clients keep one
+            for another request (Go 90, nginx and AWS 60, Node and Python 5 to 15): who opens it has to be
+            the one who closes it.
         prompt_tokens: of one prompt; None: as many as the model's context holds.
         sequences: that one request may ask for: prompts x n.
         queued: requests that may wait while as many as the engine runs at once are running.

@@ -2,9 +2,9 @@
 
 uvicorn reads HTTP with httptools, which sets no bound on the size of headers and none on the time that they
 take (CVE-2025-48956 was that in another server). Here both have one, and so has the number of connections.
-Between requests a connection stays open for longer than a client keeps it in its pool: else clients would meet
-a connection that is just being closed. Where there are too many, the one that was idle longest makes room.
-The body's bounds are `guard.py`'s.
+Between requests a connection stays open for longer than a client keeps it in its pool: else clients would
+meet a connection that is just being closed. Where there are too many, the one that was idle longest makes
+room. The body's bounds are `guard.py`'s.
 """
 
 from __future__ import annotations
