@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -193,7 +192,7 @@ def _finish(
     """Writes some columns of the rows of a tile; what a row that saw no key has is 0."""
     if INT8:
         total *= _VALUE_FACTOR
-    y = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    y = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     mask = (tl.arange(0, ROWS) < rows)[:, None] & (column < D)[None, :]
     tl.store(out + out_at[:, None] + column[None, :], y.to(out.dtype.element_ty), mask=mask)
 
@@ -259,17 +258,14 @@ def attention_kernel(
 ):  # fmt: skip
     """Grid: (room for items of the list, KV heads). A program of no item ends at once.
 
-    scale: to units of log 2; with SOFTCAP of 2 / softcap, and softcap itself in units of log 2. LIST: 0 "few",
-    1 "many". UNMASKED: tiles that all rows see in full have a loop of their own. PART: of deterministic plans,
-    the keys of a part; else 0. OVERLAP: start while the kernel before still runs (sm_90).
+    scale: to units of log 2; with SOFTCAP of 2 / softcap, and softcap itself in units of log 2. LIST: 0 is
+    "few", 1 "many". UNMASKED: tiles that all rows see in full have a loop of their own. PART: the keys of a
+    part, if the plan is deterministic; else 0. OVERLAP: start while the kernel before still runs (sm_90).
     """
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
-    if tl.program_id(0) >= tl.load(counts + LIST):
-        return
-    head = tl.program_id(1)
-    heads = tl.num_programs(1)
+    # No kernel writes items; they are copied before the first one starts. (There is room to read beyond them.)
+    count = tl.load(counts + LIST)
     item = items + tl.program_id(0) * 8
     table = tables + tl.load(item)
     row0 = tl.load(item + 1)
@@ -277,6 +273,12 @@ def attention_kernel(
     position = tl.load(item + 3)
     begin = tl.load(item + 4)
     end = tl.load(item + 5)
+    if OVERLAP:
+        gdc_wait()  # every program, or the kernel after this one would not wait for the one before
+    if tl.program_id(0) >= count:
+        return
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
 
     row = tl.arange(0, ROWS)
     query = row // GROUP
@@ -291,7 +293,7 @@ def attention_kernel(
     x = tl.load(q + q_at, mask=valid[:, None] & (q_column < D)[None, :], other=0.0)
     row_scale = tl.zeros((ROWS,), tl.float32) + scale
     if INT8:
-        # Codes are exact in fp16. So that q fits in as well, it is divided by the power of two of its largest.
+        # Codes are exact in fp16; q fits in as well, divided by the power of two of a row's largest.
         largest = tl.max(tl.abs(x.to(tl.float32)), 1).to(tl.int32, bitcast=True)
         exponent = tl.minimum(tl.maximum(largest >> 23, 64), 253)
         x = x.to(tl.float32) * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
@@ -341,9 +343,8 @@ def attention_kernel(
         hi = lo
         if UNMASKED:
             hi = tl.maximum(lo, tl.minimum((position + 1) // KEYS * KEYS, last_tile))
-        NARROW: tl.constexpr = (
-            min(KEYS, 64) if UNMASKED else KEYS
-        )  # masks take registers, and what they hide takes time
+        # Masks take registers, and the keys that they hide time.
+        NARROW: tl.constexpr = min(KEYS, 64) if UNMASKED else KEYS
         if WINDOW:
             block = _blocks(table, tl.where(begin < lo, begin, hi), end, NARROW, BLOCK)
         else:
@@ -362,15 +363,15 @@ def attention_kernel(
                 keys, values, key_scales, value_scales, block_stride, scale_block_stride, softcap, window,
                 D, COLUMNS, BLOCK, NARROW, True, WINDOW, SOFTCAP, INT8, NATIVE,
             )  # fmt: skip
-        if UNMASKED:
+        if UNMASKED:  # noqa: SIM102  decided as it is compiled
             if lo < hi:
                 tl.assume(lo < hi)
                 blocks = _blocks(table, lo, end, KEYS, BLOCK)
                 for key0 in tl.range(lo, hi, KEYS, num_stages=STAGES):
                     blocks, top, total, acc = _visit(
-                        key0, key0 + KEYS, blocks, x, row_scale, top, total, acc, positions, first, end, table,
-                        keys, values, key_scales, value_scales, block_stride, scale_block_stride, softcap,
-                        window, D, COLUMNS, BLOCK, KEYS, False, WINDOW, SOFTCAP, INT8, NATIVE,
+                        key0, key0 + KEYS, blocks, x, row_scale, top, total, acc, positions, first, end,
+                        table, keys, values, key_scales, value_scales, block_stride, scale_block_stride,
+                        softcap, window, D, COLUMNS, BLOCK, KEYS, False, WINDOW, SOFTCAP, INT8, NATIVE,
                     )  # fmt: skip
 
     # Asked for again, so that they need no registers in the loops.
@@ -408,13 +409,13 @@ _TILES: dict[str, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
         (1, 256): ((16, 32, 4, 3, 2, 1), (64, 32, 8, 3, 2, 1), (64, 32, 8, 2, 2, 2), (32, 32, 8, 3, 2, 1)),
         (2, 64): ((16, 64, 4, 3, 2, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),
         (2, 128): ((16, 32, 4, 3, 2, 1), (64, 32, 4, 3, 2, 1), (128, 32, 8, 3, 2, 2), (64, 32, 8, 3, 2, 1)),
-        (2, 256): ((16, 32, 4, 3, 2, 1), (64, 32, 8, 2, 2, 1), (64, 32, 8, 2, 2, 2), (32, 32, 8, 3, 2, 1)),
+        (2, 256): ((16, 32, 4, 3, 2, 1), (64, 32, 8, 2, 2, 1), (64, 32, 8, 2, 2, 2), (64, 32, 8, 2, 2, 1)),
         (4, 128): ((16, 32, 4, 2, 2, 1), (32, 32, 4, 2, 2, 1), (64, 32, 8, 2, 2, 2), (32, 32, 4, 2, 2, 1)),
         (4, 256): ((16, 16, 4, 2, 2, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 2), (32, 16, 8, 2, 2, 1)),
     },
     "sm_90": {
         (1, 64): ((16, 128, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 128, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),
-        (1, 128): ((16, 64, 4, 4, 4, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 32, 4, 4, 2, 1)),
+        (1, 128): ((16, 64, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 32, 4, 4, 2, 1)),
         (1, 256): ((16, 64, 4, 3, 4, 1), (64, 64, 8, 3, 2, 1), (128, 32, 8, 3, 2, 1), (32, 64, 8, 3, 2, 1)),
         (2, 64): ((16, 128, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 128, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),
         (2, 128): ((16, 64, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 128, 8, 3, 2, 2), (64, 32, 4, 4, 2, 1)),
@@ -443,7 +444,7 @@ def tiles_of(architecture: str, head_dim: int, dtype: torch.dtype, kv_dtype: tor
     nbytes = 4 if dtype == torch.float32 else kv_dtype.itemsize
     table = _TILES.get(architecture, _TILES["sm_89"])
     numbers = next(row for (size, columns), row in table.items() if size == nbytes and head_dim <= columns)
-    return Tiles(*(Tile(*own, part=part) for own, part in zip(numbers, _PARTS, strict=True)))
+    return Tiles(*(Tile._make((*own, part)) for own, part in zip(numbers, _PARTS, strict=True)))
 
 
 # ---- a plan on the device ----------------------------------------------------------------------------------
@@ -548,7 +549,8 @@ def launch_attention(
             ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages, UNMASKED=tile.loops > 1,
             PART=tile.part if items.deterministic else 0, WINDOW=items.window > 0, SOFTCAP=softcap > 0,
             INT8=int8, UNROLL=2 if wide else 8, OVERLAP=overlap, NATIVE=not products.INTERPRETED,
-            num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=not items.deterministic,
+            num_warps=tile.warps, maxnreg=168 if tile.rows <= 16 else None,  # else ptxas spills to use less
+            launch_pdl=overlap, enable_fp_fusion=not items.deterministic,
         )  # fmt: skip
 
 
@@ -573,8 +575,8 @@ def paged_attention(
             row, as of q, k and v in one.
         keys, values: (blocks, KH, block_size, D) of q's dtype or int8, with the same strides; positions and
             elements of a block's head are contiguous. block_size is 16, 32 or 64.
-        block_tables: int32, contiguous, as the plan's table_width says: position p of sequence s lies in block
-            block_tables[s * table_width + p // block_size].
+        block_tables: int32, contiguous: position p of sequence s lies in block number s * table_width +
+            p // block_size of it, at offset p % block_size; the plan knows table_width.
         items: a plan for these queries (`to_device`, or `DeviceItems` that were filled).
         scale: of q . K, positive.
         softcap: scores become softcap * tanh(score / softcap); 0: they stay.
@@ -623,12 +625,10 @@ def _check(
         raise wrong("keys", keys, wanted)
     if keys.stride()[2:] != (d, 1) or (int8 and (keys.stride(0) % 2 or keys.stride(1) % 2)):
         raise wrong("keys", keys, f"strides of {d} and 1, of int8 even ones before")
-    for name, own, like in (("values", values, keys), ("value_scales", value_scales, key_scales)):
-        if (own is None) != (like is None) or (
-            own is not None
-            and (own.dtype, own.shape, own.stride()) != (like.dtype, like.shape, like.stride())
-        ):
-            raise wrong(name, own, "dtype, shape and strides of what belongs to K")
+    if not _alike(values, keys):
+        raise wrong("values", values, "dtype, shape and strides of keys")
+    if not _alike(value_scales, key_scales):
+        raise wrong("value_scales", value_scales, "dtype, shape and strides of key_scales")
     if int8 != (key_scales is not None):
         raise wrong("key_scales", key_scales, "scales of int8 K, and of no other")
     if key_scales is not None and (
@@ -647,3 +647,9 @@ def _check(
         raise wrong("window", window, f"that of the plan, {items.window}")
     if out is not None and ((out.dtype, out.shape) != (q.dtype, q.shape) or not out.is_contiguous()):
         raise wrong("out", out, f"contiguous {q.dtype} {tuple(q.shape)}")
+
+
+def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)

@@ -44,7 +44,7 @@ Result = dict[str, npt.NDArray[Any]]
 
 DEVICE = "cuda" if GPU else "cpu"
 SLACK = 1e-6
-EXAMPLES = settings(deadline=None, max_examples=100 if GPU else 10)
+EXAMPLES = settings(deadline=None, max_examples=100 if GPU else 8)
 NAMES = ("tokens", "logprob", "rank", "top_ids", "top_logprobs")
 # Chunks, blocks, candidates and what is read at a time, as they are and so that a thousand tokens are many.
 LARGE: dict[str, int] = {}
@@ -125,7 +125,7 @@ def check_token(logits: Float64, row: Row, token: int, by_cpu: int) -> None:
 
 def check(logits: Float32, rows: list[Row], result: Result) -> None:
     """Tokens against oracle and CPU, all else against the CPU, whose own tests compare it with the oracle."""
-    by_cpu: Result = _core.sample(logits, make_batch(rows))
+    by_cpu = _core.sample(logits, make_batch(rows))
     for r, row in enumerate(rows):
         token = int(result["tokens"][r])
         if row.get("kind", 0) == 0:
@@ -176,7 +176,7 @@ def test_random_numbers_are_the_cpus() -> None:
     np.testing.assert_array_equal(out.cpu().numpy(), expected)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def parts_kernel(x, masses, keys, values, ids, top, inverse, N: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, N)
     v = tl.load(x + i)
@@ -306,7 +306,7 @@ def test_log_probabilities(sizes: dict[str, int], data: st.DataObject) -> None:
     vocab = logits.shape[1]
     counts = st.sampled_from([0, 1, 3, 20, 64, min(vocab + 5, 64)])
     target = data.draw(st.integers(0, vocab - 1))
-    rows = [
+    rows: list[Row] = [
         {"num_logprobs": data.draw(counts), "bias_ids": [target], "bias_values": [100.0]},
         {"num_logprobs": data.draw(counts), "kind": 1, "target": target},
         {"num_logprobs": data.draw(counts), "temperature": 1.0, "top_p": 0.9, "seed": target},
@@ -331,7 +331,7 @@ def test_many_draws_of_one_row(sizes: dict[str, int]) -> None:
     """Of a nearly flat distribution, where a wrong boundary shows."""
     rng = np.random.default_rng(8)
     logits = np.repeat(rng.uniform(9.0, 10.0, (1, 640)).astype(np.float32), 3 * len(FILTERS), axis=0)
-    rows = [
+    rows: list[Row] = [
         row | {"temperature": 0.8, "seed": int(rng.integers(2**63)), "position": i}
         for i in range(3)
         for row in FILTERS
@@ -341,23 +341,23 @@ def test_many_draws_of_one_row(sizes: dict[str, int]) -> None:
 
 @SIZES
 def test_equals(sizes: dict[str, int]) -> None:
-    """A nucleus of equal tokens is cut by id, top_k keeps all that equal the last, the top n are the lowest."""
-    logits = np.zeros((12, 600), np.float32)
+    """A nucleus of equals is cut by id, top_k keeps all that equal the last, the top n are of low ids."""
+    logits = np.zeros((7, 600), np.float32)
     logits[:, ::2] = -0.0  # as good as the other zero
-    logits[10:, 300:] = 1.0
-    uniform = {"temperature": 1.0, "num_logprobs": 2}
-    rows = [uniform | {"top_p": 0.25, "seed": seed} for seed in range(5)]
-    rows += [uniform | {"top_k": 3, "seed": seed} for seed in range(5)]
-    rows += [uniform | {"top_k": 3, "top_p": 0.5, "seed": 1}, {"num_logprobs": 64}]
+    logits[5:, 300:] = 1.0
+    rows: list[Row] = [{"temperature": 1.0, "top_p": 0.25, "seed": seed} for seed in range(3)]
+    rows += [{"temperature": 1.0, "top_k": 3, "seed": seed} for seed in range(2)]
+    rows += [{"temperature": 1.0, "top_k": 3, "top_p": 0.5, "seed": 1}, {"num_logprobs": 64}]
+    rows[0]["num_logprobs"] = 2
     result = sample(logits, rows, sizes)
     check(logits, rows, result)
-    assert result["tokens"][:5].max() < 150
-    assert result["tokens"][5:10].max() > 300
-    assert 300 <= result["tokens"][10] < 450
-    assert result["tokens"][11] == 300
+    assert 75 < result["tokens"][:3].max() < 150
+    assert result["tokens"][3:5].max() > 300
+    assert 300 <= result["tokens"][5] < 450
+    assert result["tokens"][6] == 300
     np.testing.assert_array_equal(result["top_ids"][0, :2], [0, 1])
-    np.testing.assert_array_equal(result["top_ids"][11], np.arange(300, 364))
-    np.testing.assert_array_equal(result["rank"], 1)
+    np.testing.assert_array_equal(result["top_ids"][6], np.arange(300, 364))
+    np.testing.assert_array_equal(result["rank"][[0, 6]], 1)
 
 
 def test_top_k_beyond_what_is_allowed() -> None:
@@ -365,7 +365,7 @@ def test_top_k_beyond_what_is_allowed() -> None:
     rng = np.random.default_rng(5)
     logits = rng.standard_normal((4, 900)).astype(np.float32)
     few, many = [3, 500, 501, 899], list(range(0, 900, 3))
-    rows = [
+    rows: list[Row] = [
         {"temperature": 1.0, "top_k": 400, "seed": 1, "vocab": 900, "allowed": few},
         {"temperature": 1.0, "top_k": 850, "seed": 2, "top_p": 0.99},
         {"temperature": 1.0, "top_k": 400, "seed": 3, "vocab": 900, "allowed": many},
@@ -429,33 +429,30 @@ def test_edits_round_as_on_the_cpu() -> None:
 
 
 @SIZES
-@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
-def test_a_broken_row_fails_alone(sizes: dict[str, int], bad: float) -> None:
+def test_a_broken_row_fails_alone(sizes: dict[str, int]) -> None:
     rng = np.random.default_rng(3)
-    logits = rng.standard_normal((4, 300)).astype(np.float32)
+    logits = rng.standard_normal((8, 300)).astype(np.float32)
     rows: list[Row] = [
         {"num_logprobs": 2},
         {"temperature": 1.0, "top_p": 0.9, "num_logprobs": 2},
         {"kind": 1, "target": 5, "num_logprobs": 0},
         {"temperature": 1.0, "bias_ids": [7], "bias_values": [1.0]},
-    ]
-    good = sample(logits, rows, sizes)
-    for r, place in ((0, 299), (1, 0), (2, 64), (3, 7)):
-        broken = logits.copy()
-        broken[r, place] = bad
-        result = sample(broken, rows, sizes)
-        assert result["tokens"][r] == -1
-        assert np.isnan(result["logprob"][r])
-        assert result["rank"][r] == 0
-        for other in set(range(4)) - {r}:
-            assert row_bits(result, other, rows[other]) == row_bits(good, other, rows[other])
+    ] * 2
+    good = sample(logits[:4], rows[:4], sizes)
+    logits[4, 299], logits[5, 0], logits[6, 64], logits[7, 7] = np.nan, np.inf, np.inf, -np.nan
+    result = sample(logits, rows, sizes)
+    np.testing.assert_array_equal(result["tokens"][4:], -1)
+    np.testing.assert_array_equal(result["rank"][4:], 0)
+    assert np.all(np.isnan(result["logprob"][4:]))
+    for r, row in enumerate(rows[:4]):
+        assert row_bits(result, r, row) == row_bits(good, r, row)
 
 
 def test_nothing_to_choose() -> None:
     logits = np.full((4, 300), -np.inf, np.float32)
     logits[1:] = 0.0
     everything = list(range(300))
-    rows = [
+    rows: list[Row] = [
         {"num_logprobs": 1},
         {"banned": everything, "temperature": 1.0, "num_logprobs": 1},
         {"bias_ids": [200], "bias_values": [np.inf]},
@@ -483,7 +480,7 @@ def test_padding_and_pooled_rows(sizes: dict[str, int]) -> None:
     logits = rng.standard_normal((5, 300)).astype(np.float32)
     logits[3:] = np.nan
     wild = {"temperature": 1.0, "top_k": 5, "num_logprobs": 2, "presence": 1.0, "history": [1, 2], "kind": -1}
-    rows = [
+    rows: list[Row] = [
         {"temperature": 1.0, "num_logprobs": 2},
         {"kind": 2},
         {"top_k": 3, "temperature": 0.5},
@@ -506,49 +503,34 @@ def test_padding_and_pooled_rows(sizes: dict[str, int]) -> None:
 
 
 @SIZES
-@settings(EXAMPLES, max_examples=40 if GPU else 4)
+@settings(EXAMPLES, max_examples=40 if GPU else 3)
 @given(st.data())
 def test_a_row_depends_on_nothing_else(sizes: dict[str, int], data: st.DataObject) -> None:
     """The same bits alone, among others, with strided logits, used memory and only the kernels it needs."""
-    logits = data.draw(logit_rows(4, coarse=False))
+    logits = data.draw(logit_rows(3, coarse=False))
     vocab = logits.shape[1]
-    logprobs = st.sampled_from([-1, 0, 3, 20])
-    plain: list[Row] = [data.draw(random_rows(vocab)) for _ in range(2)]
-    rows = [data.draw(random_rows(vocab)) | {"num_logprobs": data.draw(logprobs)} for _ in range(2)]
-    rows = [plain[0], rows[0] | data.draw(edits(vocab)), plain[1], rows[1]]
+    rows: list[Row] = [data.draw(random_rows(vocab)) for _ in logits]
+    rows[0] |= data.draw(edits(vocab))
+    for row in rows[:2]:
+        row["num_logprobs"] = min(vocab, data.draw(st.sampled_from([-1, 0, 3, 20])))
     together = sample(logits, rows, sizes)
     for r, row in enumerate(rows):
-        alone = sample(
-            logits[r : r + 1], [row], sizes,
-            edits=r == 1, logprobs=r in (1, 3), filters=any(row[n] != o for n, o in NEUTRAL.items()),
-        )  # fmt: skip
+        needs = {"edits": r == 0, "logprobs": r < 2, "filters": any(row[n] != off for n, off in OFF.items())}
+        alone = sample(logits[r : r + 1], [row], sizes, **needs)
         assert row_bits(alone, 0, row) == row_bits(together, r, row)
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
             patch.setattr(sampler, name, size)
-        scratch = filled(SamplerScratch, 7, vocab)
-        out = filled(SampleOutputs, 4, 30)
-        wide = torch.full((4, vocab + 3), float("nan"), device=DEVICE)
+        scratch, out = filled(SamplerScratch, 7, vocab), filled(SampleOutputs, 3, 30)
+        wide = torch.full((3, vocab + 3), float("nan"), device=DEVICE)
         wide[:, 1 : vocab + 1] = torch.from_numpy(logits[::-1].copy()).to(DEVICE)
-        batch = on_device(make_batch(rows[::-1]))
-        for _ in range(2):
-            sampler.sample(wide[:, 1 : vocab + 1], batch, 20, out, scratch=scratch)
+        sampler.sample(wide[:, 1 : vocab + 1], on_device(make_batch(rows[::-1])), 20, out, scratch=scratch)
     backwards = {name: getattr(out, name).cpu().numpy()[::-1] for name in NAMES}
     for r, row in enumerate(rows):
         assert row_bits(backwards, r, row) == row_bits(together, r, row)
 
 
-NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-
-
-def test_sizes_do_not_matter_to_filters() -> None:
-    """Candidates in registers and the search of a whole row find the same tokens."""
-    rng = np.random.default_rng(9)
-    logits = (2.0 * rng.standard_normal((len(FILTERS), 700))).astype(np.float32)
-    rows = [row | {"temperature": 1.0, "seed": 5, "num_logprobs": 20} for row in FILTERS]
-    large, small = (sample(logits, rows, sizes) for sizes in (LARGE, SMALL))
-    for name in ("tokens", "rank", "top_ids"):
-        np.testing.assert_array_equal(large[name], small[name])
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------

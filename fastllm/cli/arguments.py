@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fastllm.executor.make import KV_CACHE_DTYPES
+from fastllm.executor.make import DEVICES, DTYPES, KV_CACHE_DTYPES
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import QUANTIZATIONS
 from fastllm.sampling_params import SamplingParams
@@ -133,7 +133,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype",
         choices=KV_CACHE_DTYPES,
         default="auto",
-        help="number format of the KV cache (default: auto, which is fp16)",
+        help="number format of the KV cache (default: auto: int16, on a GPU that of the activations)",
     )
     group.add_argument(
         "--max-model-len",
@@ -142,6 +142,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="tokens of prompt and answer together at most (default: the model's context)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: all)")
+    group.add_argument("--device", default="cpu", metavar="DEVICE", help=f"{DEVICES} (default: cpu)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of activations, on a GPU (default: auto: bf16)"
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -201,6 +205,8 @@ def make_llm(options: argparse.Namespace) -> LLM:
         max_model_len=options.max_model_len,
         max_num_seqs=1,
         threads=options.threads,
+        device=options.device,
+        dtype=options.dtype,
     )
 
 

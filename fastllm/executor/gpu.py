@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -121,11 +122,12 @@ class _Pending(NamedTuple):
     padded: int
     logprobs: int
     hidden: torch.Tensor | None
+    begun: Any  # when its computing did, if that is measured: an event, or a time
 
 
 class GpuExecutor:
-    """Runs one model on one GPU, or a rank's share of it. Implements `Executor`, `AdapterHost`, `BlockStore`
-    and `Sleeper` of `fastllm.executor.base`.
+    """Runs one model on one GPU, or a rank's share of it. Implements `Executor`, `AdapterHost`, `BlockStore`,
+    `PhaseTimer` and `Sleeper` of `fastllm.executor.base`.
 
     Args:
         checkpoint: what the weights are read from; it may be closed afterwards.
@@ -224,6 +226,8 @@ class GpuExecutor:
         self._sampled = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._scratch: SamplerScratch | None = None
         self._pending: dict[int, _Pending] = {}
+        self._profiling = False
+        self._busy = 0.0  # seconds
         self._tickets = 0
         if kv_blocks is None:
             if kv_cache_tokens is not None:
@@ -369,6 +373,8 @@ class GpuExecutor:
         step = self._pending.pop(ticket)
         if step.event is not None:
             step.event.synchronize()
+            if step.begun is not None:
+                self._busy += step.begun.elapsed_time(step.event) / 1e3
         r, padded, n = step.rows, step.padded, step.logprobs
         values = step.memory.numpy()
         top = values[3 * padded :].reshape(2, padded, n)
@@ -391,7 +397,26 @@ class GpuExecutor:
         result = self.collect(self._tickets)
         return result, torch.cat(kept).cpu().numpy() if kept else None
 
+    def _check(self, batch: StepBatch) -> None:
+        """Everything that a kernel would use as an index: outside of its range it would read or write the
+        memory of others."""
+        slots = self._kv_blocks * self._block_size
+        width = batch.block_tables.shape[1] * self._block_size
+        for name, least, most in (
+            ("slot_mapping", 0, slots),
+            ("block_tables", 0, self._kv_blocks),
+            ("copy_blocks", 0, self._kv_blocks),
+            ("token_ids", -self._sampled.shape[0], self._spec.vocab_size),
+            ("positions", 0, self._max_model_len),
+            ("seq_lens", 1, width + 1),
+        ):
+            values = getattr(batch, name)
+            if values.size and not least <= int(values.min()) <= int(values.max()) < most:
+                found = f"{values.min()} to {values.max()}"
+                raise RequestError(f"StepBatch: {name}", found, f"values in [{least}, {most})")
+
     def _run(self, batch: StepBatch, logits: list[torch.Tensor] | None = None) -> _Pending:
+        self._check(batch)
         if len(batch.copy_blocks):
             self._copy_blocks(batch.copy_blocks)
         plans = {window: self._plan(batch, window) for window in self._model.windows}
@@ -406,8 +431,9 @@ class GpuExecutor:
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = self._capture(key, buffers, plans)
+        begun = self._now()
         graph.replay()
-        return self._fetch(graph.out.memory, len(batch.row_seq), key.size, key.logprobs, None)
+        return self._fetch(graph.out.memory, len(batch.row_seq), key.size, max(key.logprobs, 0), None, begun)
 
     def _plan(self, batch: StepBatch, window: int) -> AttentionPlan:
         return plan_attention(
@@ -443,6 +469,7 @@ class GpuExecutor:
         adapters = bool((batch.adapter >= 0).any())
         items = {window: buffers.items_of(plan, window, room[window]) for window, plan in plans.items()}
         step = buffers.step(t, r, items, adapters=adapters)
+        begun = self._now()
         hidden = self._model.hidden(step, self._sampled, self._cache)
         pooled = batch.row_kind == ROW_POOL
         most = min(int(batch.num_logprobs.max(initial=0)), self._spec.vocab_size)
@@ -460,7 +487,7 @@ class GpuExecutor:
         if pooled.any():
             rows = torch.from_numpy(np.flatnonzero(pooled)).to(self._device)
             states = hidden[rows].float().cpu()
-        return self._fetch(out.memory, r, r, max(most, 0), states)
+        return self._fetch(out.memory, r, r, max(most, 0), states, begun)
 
     def _sample(
         self, buffers: StepBuffers, logits: torch.Tensor, first: int, last: int, out: _Outputs, logprobs: int,
@@ -490,15 +517,43 @@ class GpuExecutor:
         self._sampled[: tokens.shape[0]].copy_(tokens)
 
     def _fetch(
-        self, memory: torch.Tensor, rows: int, padded: int, logprobs: int, hidden: torch.Tensor | None
+        self,
+        memory: torch.Tensor,
+        rows: int,
+        padded: int,
+        logprobs: int,
+        hidden: torch.Tensor | None,
+        begun: Any,
     ) -> _Pending:
         if self._device.type != "cuda":
-            return _Pending(None, memory.clone(), rows, padded, logprobs, hidden)
+            if begun is not None:
+                self._busy += time.perf_counter() - begun
+            return _Pending(None, memory.clone(), rows, padded, logprobs, hidden, None)
         host = torch.empty(memory.shape, dtype=memory.dtype, pin_memory=True)
         host.copy_(memory, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=begun is not None)  # type: ignore[no-untyped-call]
         event.record()
-        return _Pending(event, host, rows, padded, logprobs, hidden)
+        return _Pending(event, host, rows, padded, logprobs, hidden, begun)
+
+    def _now(self) -> Any:
+        """Where the GPU is, if the time that it computes is measured."""
+        if not self._profiling:
+            return None
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def profile(self, on: bool) -> None:
+        """Starts, from zero, or ends the measurement of `phase_seconds`."""
+        self._profiling = on
+        self._busy = 0.0 if on else self._busy
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Of "gpu" alone: from the first kernel of each step to the end of its transfer back."""
+        return {"gpu": self._busy}
 
     def _new_buffers(self, tokens: int, rows: int, entries: int, room: dict[int, Capacity]) -> StepBuffers:
         return StepBuffers(

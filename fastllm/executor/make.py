@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastllm.formats.keys import KeySource
     from fastllm.models.spec import DecoderSpec
 
-DEVICES = "'cpu', 'cuda', 'cuda:N' or 'interpret'"
+DEVICES = "cpu, cuda, cuda:N or interpret"
 MAX_RANKS = 64
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 _CPU_KV_CACHE_DTYPES = ("int16", "int8", "fp16", "bf16", "fp32")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm.errors import RequestError
-from fastllm.executor.make import KV_CACHE_DTYPES
+from fastllm.executor.make import DEVICES, DTYPES, KV_CACHE_DTYPES
 from fastllm.formats.source import DEFAULT_MODEL
 from fastllm.loading import QUANTIZATIONS
 from fastllm.serve.config import LOG_FORMATS, TLS_VERSIONS, Limits, ServeConfig
@@ -18,6 +18,7 @@ ENGINE = (
     *("kv_cache_memory_bytes", "kv_cache_tokens", "kv_cache_memory_share", "threads", "target_itl_ms"),
     *("enable_prefix_caching", "kv_offload_bytes", "kv_offload_dir", "kv_offload_encrypted", "max_loras"),
     *("tokenizer", "speculative_config", "seed", "key_file", "sha256"),
+    *("device", "dtype", "deterministic", "tensor_parallel_size"),
 )
 """Options that go to `AsyncLLM` by the same name."""
 
@@ -95,6 +96,12 @@ def _add_model(group: Any) -> None:
 
 
 def _add_engine(group: Any) -> None:
+    group.add_argument("--device", metavar="DEVICE", help=f"{DEVICES} (cpu)")
+    group.add_argument("--dtype", choices=DTYPES, help="of activations, on a GPU (bf16)")
+    group.add_argument(
+        "--deterministic", action="store_true", default=None, help="answers independent of batches, on a GPU"
+    )
+    group.add_argument("--tensor-parallel-size", type=int, metavar="N", help="GPUs that share the model (1)")
     group.add_argument("--quantization", choices=QUANTIZATIONS)
     group.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES)
     group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer")
