@@ -1,8 +1,43 @@
 """Attention of a step's queries over a paged KV cache, in one pass over the keys.
 
-    out[t, h] = sum_p softmax_p(scale * q[t, h] . K[p, h / group]) V[p, h / group]
+    out[t, h] = sum_p w_p V[p, g] / sum_p w_p,  w_p = exp(cap(scale * q[t, h] . K[p, g])),  g = h // group
+    p: positions that query t sees, its own and those before, the last `window` of them if there is one
+    cap(s) = softcap * tanh(s / softcap), if there is one
 
-DOCSTRING
+    q, out (T, H, D); K, V (blocks, KH, block_size, D) in q's dtype, or int8 with a scale for each token and
+    head (blocks, KH, block_size).  Grid: (items, KH), an item and what makes the lists: attention_plan.py
+
+A program multiplies a tile of rows (the queries of an item with all heads that share K and V) with tiles of
+keys. Scores, weights and sums are fp32; the largest score so far is subtracted, and what was summed before is
+scaled as it grows. K and V go by asynchronous copies, stages deep, into shared memory. Which blocks they are
+in is asked for a tile ahead, into registers: a copy that had to wait for its block would not run ahead. Head
+dims that are no power of two are padded in registers and shared memory; nothing is read for that.
+
+"few": 16 rows on mma.sync, all tiles of keys masked (a second loop would begin with its own latency). With
+operands swapped it is wgmma, which reads K and V as they lie, but frees a stage only when it is done: then
+three stages take 104 kB instead of 72, one program less on a multiprocessor. "many": 128 rows on wgmma
+(sm_90), the weights as its left operand from registers; tiles of keys that all rows see have a loop without
+masks.
+
+int8: codes become fp16 under an exponent (see unpack.py), K's in registers, V's by way of shared memory, and
+are multiplied in fp16 whatever q is. K's scale is applied to scores, V's to weights; so that fp16 holds them,
+q is divided by a power of two for each row, and weights are multiplied by 64.
+
+Parts of a tile that was cut meet in `Scratch`; the last program adds them up (see epilogue.py). The same
+batch gives the same bits from run to run.
+
+Deterministic plans: the bits of a query's result depend on its q and on the K and V that it sees, neither on
+the batch nor on how its prompt was cut, nor on whether its parts met in one program or in several. One kernel
+visits all keys, in tiles that begin at multiples of their size, in parts that begin at multiples of
+DETERMINISTIC_KEYS; rows do not meet within a multiplication; a key that a row does not see adds 0 and leaves
+the largest score as it is, and so does a whole part of them; only what is written as one operation is fused.
+
+Cost as compiled for sm_90, D = 128, of a tile of keys for a warp (nothing spills):
+
+    few   16 x 64   bf16  423 instructions (32 HMMA, 28 LDSM, 16 asynchronous copies), 80 registers, 72 kB
+    few   16 x 64   int8  585 (32 HMMA, 24 LDSM, 10 copies; 64 HADD2 and 70 LOP3 for codes), 96, 56 kB
+    many 128 x 128  bf16  649 (16 HGMMA, 16 copies), 246, 229 kB
+    many 128 x 64   int8  569 (12 HGMMA, 6 copies), 242, 83 kB
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -44,6 +79,7 @@ __all__ = [
 
 HEAD_DIM_MAX = 256
 BLOCK_SIZES = (16, 32, 64)
+_LOG2_E = math.log2(math.e)
 
 _LOWEST = tl.constexpr(-1.0e30)  # below every score, and finite: a row that sees no key stays a number
 _VALUE_FACTOR = tl.constexpr(64.0)  # lifts probability * scale of V out of fp16's subnormal numbers
@@ -264,7 +300,7 @@ def attention_kernel(
     """
     if OVERLAP:
         gdc_launch_dependents()
-    # No kernel writes items; they are copied before the first one starts. (There is room to read beyond them.)
+    # No kernel writes items, they are copied before the first one starts. Beyond the last one there is room.
     count = tl.load(counts + LIST)
     item = items + tl.program_id(0) * 8
     table = tables + tl.load(item)
@@ -400,8 +436,7 @@ _TILES: dict[str, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
         (2, 64): ((16, 128, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),
         (2, 128): ((16, 64, 4, 3, 4, 1), (64, 32, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 64, 8, 3, 2, 1)),
         (2, 256): ((16, 32, 4, 3, 4, 1), (64, 32, 8, 3, 2, 1), (64, 32, 8, 2, 2, 2), (32, 32, 8, 3, 2, 1)),
-        (4, 128): ((16, 32, 4, 2, 4, 1), (32, 32, 4, 2, 2, 1), (64, 32, 8, 2, 2, 2), (32, 32, 4, 2, 2, 1)),
-        (4, 256): ((16, 16, 4, 2, 4, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 2), (32, 16, 8, 2, 2, 1)),
+        (4, 256): ((16, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1)),
     },
     "sm_89": {
         (1, 64): ((16, 128, 4, 3, 2, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 32, 4, 3, 2, 1)),
@@ -410,8 +445,7 @@ _TILES: dict[str, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
         (2, 64): ((16, 64, 4, 3, 2, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),
         (2, 128): ((16, 32, 4, 3, 2, 1), (64, 32, 4, 3, 2, 1), (128, 32, 8, 3, 2, 2), (64, 32, 8, 3, 2, 1)),
         (2, 256): ((16, 32, 4, 3, 2, 1), (64, 32, 8, 2, 2, 1), (64, 32, 8, 2, 2, 2), (64, 32, 8, 2, 2, 1)),
-        (4, 128): ((16, 32, 4, 2, 2, 1), (32, 32, 4, 2, 2, 1), (64, 32, 8, 2, 2, 2), (32, 32, 4, 2, 2, 1)),
-        (4, 256): ((16, 16, 4, 2, 2, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 2), (32, 16, 8, 2, 2, 1)),
+        (4, 256): ((16, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1)),
     },
     "sm_90": {
         (1, 64): ((16, 128, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 128, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),
@@ -419,9 +453,8 @@ _TILES: dict[str, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
         (1, 256): ((16, 64, 4, 3, 4, 1), (64, 64, 8, 3, 2, 1), (128, 32, 8, 3, 2, 1), (32, 64, 8, 3, 2, 1)),
         (2, 64): ((16, 128, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 128, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),
         (2, 128): ((16, 64, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 128, 8, 3, 2, 2), (64, 32, 4, 4, 2, 1)),
-        (2, 256): ((16, 32, 4, 3, 4, 1), (64, 64, 8, 3, 2, 1), (128, 32, 8, 3, 2, 2), (64, 32, 8, 3, 2, 1)),
-        (4, 128): ((16, 32, 4, 2, 4, 1), (32, 32, 4, 2, 2, 1), (64, 32, 8, 2, 2, 2), (32, 32, 4, 2, 2, 1)),
-        (4, 256): ((16, 16, 4, 2, 4, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 2), (32, 16, 8, 2, 2, 1)),
+        (2, 256): ((16, 32, 4, 3, 4, 1), (64, 64, 8, 3, 2, 1), (128, 32, 8, 3, 2, 1), (64, 32, 8, 3, 2, 1)),
+        (4, 256): ((16, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1), (32, 16, 8, 2, 2, 1)),
     },
 }
 _PARTS = (128, 256, 512, DETERMINISTIC_KEYS)
@@ -532,25 +565,24 @@ def launch_attention(
     kv_heads, block, d = keys.shape[1:]
     int8 = key_scales is not None
     key_scales, value_scales = (out, out) if key_scales is None else (key_scales, value_scales)
-    factor = math.log2(math.e)
+    scale *= _LOG2_E  # 2^x is cheaper than e^x
     if softcap:
-        scale, softcap, factor = 2 * scale / softcap, softcap * factor, factor
+        scale *= 2 / softcap
+        softcap *= _LOG2_E
     overlap = products._overlaps(q.device)
     for index, (list_, tile) in enumerate(((items.few, items.few_tile), (items.many, items.many_tile))):
         if not list_.shape[0]:
             continue
-        wide = tile.rows > 16
         attention_kernel[(list_.shape[0], kv_heads)](
             q, keys, values, key_scales, value_scales, block_tables, list_, items.counts,
-            items.scratch.partials, items.scratch.counters, out, scale * factor, softcap, items.window,
+            items.scratch.partials, items.scratch.counters, out, scale, softcap, items.window,
             q.stride(0), q.stride(1), keys.stride(0), keys.stride(1),
             key_scales.stride(0) if int8 else 0, key_scales.stride(1) if int8 else 0,
             LIST=index, GROUP=items.group, D=d, COLUMNS=max(16, triton.next_power_of_2(d)), BLOCK=block,
             ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages, UNMASKED=tile.loops > 1,
             PART=tile.part if items.deterministic else 0, WINDOW=items.window > 0, SOFTCAP=softcap > 0,
-            INT8=int8, UNROLL=2 if wide else 8, OVERLAP=overlap, NATIVE=not products.INTERPRETED,
-            num_warps=tile.warps, maxnreg=168 if tile.rows <= 16 else None,  # else ptxas spills to use less
-            launch_pdl=overlap, enable_fp_fusion=not items.deterministic,
+            INT8=int8, UNROLL=4 if tile.rows <= 16 else 2, OVERLAP=overlap, NATIVE=not products.INTERPRETED,
+            num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=not items.deterministic,
         )  # fmt: skip
 
 

@@ -2,16 +2,17 @@
 
     out = sample(logits, rows, max_logprobs)     # logits float32 (R, V), rows: the arrays, on the device
 
-Kernels in order, on the right what the rows must have for them to matter; C chunks of 4096 logits:
+Kernels in order, on the right what the rows must have for them to matter; C chunks of 4096 logits, P parts
+of a row, the fewer the more rows there are:
 
     stats    (R, C)     what a row is; the highest logit of each chunk, its id, its mass    anything
     count    (R, 8)     how often a row's history has each token                            edits
-    edit     (R, C)     bias, bans, mask and penalties on a copy; its chunks as by stats    edits
+    edit     (R, P)     bias, bans, mask and penalties on a copy; its chunks as by stats    edits
     bound    (R, 2)     a logit that just enough tokens reach                               filters, logprobs
-    gather   (R, C, 2)  the tokens that reach it: candidates                                filters, logprobs
-    choose   (R, 2)     the token, and the n likeliest                                      anything
-    sift     (R, 2)     the same from the whole row, where candidates do not suffice        filters, logprobs
-    rank     (R, C)     the token's log-probability and rank                                logprobs
+    gather   (R, P, 2)  the tokens that reach it: candidates                                filters, logprobs
+    choose   (R,)       the token                                                           anything
+    sift     (R, 2)     the token from the whole row, where candidates do not suffice       filters, logprobs
+    rank     (R, C + 1) the token's rank and log-probability, the n likeliest               logprobs
 
 Nothing depends on the host: grids and memory follow from R and V, and a program ends at once where its row
 has nothing for it. So a step can be captured in a CUDA graph, and one for steps without edits, filters or
@@ -43,6 +44,7 @@ from fastllm.kernels.selection import (
     FILTERED,
     INFINITY,
     LAST_ID,
+    LAST_KEY,
     PENALTY,
     RANDOM,
     RAW,
@@ -51,11 +53,16 @@ from fastllm.kernels.selection import (
     bound_kernel,
     choose_kernel,
     gather_kernel,
+    id_of,
+    is_finite,
+    key_of,
+    load_candidates,
     load_logits,
     log_sum,
     mass_of,
     row_highest,
     sift_kernel,
+    value_of,
 )
 
 CHUNK = 4096  # logits that a program takes
@@ -65,6 +72,8 @@ NUCLEUS = 256  # the m-th highest maximum bounds the candidates for top_p
 PARTS = 8  # programs that count one row's history
 HISTORY = 1024  # tokens of it at a time
 LIST = 64  # entries of a bias or of banned ids at a time
+PROGRAMS = 1024  # that share the rows where most have nothing to do
+GATHER = 2048  # logits at a time where candidates are gathered
 SIFT = 2048  # logits at a time where one program reads a row
 VOCABULARY_MAX = 1 << 20  # the masses of a row have to fit 63 bits
 LOGPROBS_MAX = 1024
@@ -228,6 +237,7 @@ def launch(
     chunks, blocks = triton.cdiv(v, CHUNK), triton.cdiv(v, BLOCK)
     chunks_up = max(2, triton.next_power_of_2(chunks))
     stride = logits.stride(0)
+    wanted = triton.cdiv(PROGRAMS, r)
     stats_kernel[(r, chunks)](
         logits, stride, v, chunks, blocks, rows.row_kind, rows.num_logprobs, rows.temperature, rows.top_k,
         rows.top_p, rows.min_p, rows.presence, rows.frequency, rows.repetition, rows.bias_start,
@@ -239,11 +249,11 @@ def launch(
             v, s.flags, rows.history_start, rows.history, rows.history_prompt_len,
             s.edited.view(torch.int32), LIST=HISTORY, num_warps=4,
         )  # fmt: skip
-        edit_kernel[(r, chunks)](
+        edit_kernel[(r, min(chunks, wanted))](
             logits, stride, v, chunks, blocks, s.flags, rows.temperature, rows.presence, rows.frequency,
             rows.repetition, rows.bias_start, rows.bias_ids, rows.bias_values, rows.banned_start,
             rows.banned_ids, rows.mask_row, rows.mask_words, s.edited, s.highest, s.first, s.mass,
-            s.block_highest, CHUNK=CHUNK, BLOCK=BLOCK, LIST=LIST, num_warps=4, enable_fp_fusion=False,
+            s.block_highest, CHUNK=CHUNK, BLOCK=BLOCK, LIST=LIST, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     if filters or logprobs:
         bound_kernel[(r, 2)](
@@ -251,28 +261,29 @@ def launch(
             s.block_highest, s.limits, s.found, CHUNKS=chunks_up, BLOCKS=triton.next_power_of_2(blocks),
             CANDIDATES=CANDIDATES, NUCLEUS=NUCLEUS, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-        gather_kernel[(r, chunks, 2)](
+        gather_kernel[(r, min(triton.cdiv(v, GATHER), wanted), 2)](
             logits, stride, v, chunks, s.flags, rows.temperature, s.edited, s.highest, s.limits, s.found,
-            s.values, s.places, CHUNK=CHUNK, CANDIDATES=CANDIDATES, num_warps=8, enable_fp_fusion=False,
+            s.values, s.places, CHUNK=CHUNK, BLOCK=GATHER, CANDIDATES=CANDIDATES,
+            num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-    choose_kernel[(r, 2)](
+    choose_kernel[(r,)](
         logits, stride, v, chunks, rows.row_kind, rows.row_target, rows.num_logprobs, rows.temperature,
         rows.top_k, rows.top_p, rows.min_p, rows.seed, rows.sample_index, rows.position, s.flags, s.edited,
         s.highest, s.first, s.mass, s.found, s.values, s.places, out.tokens, out.logprob, out.rank,
-        out.top_ids, out.top_logprobs, out.top_ids.stride(0),
         CHUNK=CHUNK, CHUNKS=chunks_up, CANDIDATES=CANDIDATES, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     if filters or logprobs:
         sift_kernel[(r, 2)](
-            logits, stride, v, chunks, rows.num_logprobs, rows.temperature, rows.top_k, rows.top_p,
-            rows.min_p, rows.seed, rows.sample_index, rows.position, s.flags, s.edited, s.highest, s.mass,
-            s.found, s.values, s.places, out.tokens, out.top_ids, out.top_logprobs, out.top_ids.stride(0),
-            CHUNKS=chunks_up, CANDIDATES=CANDIDATES, BLOCK=SIFT, num_warps=16, enable_fp_fusion=False,
+            logits, stride, v, rows.num_logprobs, rows.temperature, rows.top_k, rows.top_p, rows.seed,
+            rows.sample_index, rows.position, s.flags, s.edited, s.limits, s.found, s.values, s.places,
+            out.tokens, CANDIDATES=CANDIDATES, BLOCK=SIFT, num_warps=16, enable_fp_fusion=False,
         )  # fmt: skip
     if logprobs:
-        rank_kernel[(r, chunks)](
-            logits, stride, v, chunks, rows.num_logprobs, s.flags, s.highest, s.mass, out.tokens,
-            out.logprob, out.rank, CHUNK=CHUNK, CHUNKS=chunks_up, num_warps=4, enable_fp_fusion=False,
+        rank_kernel[(r, chunks + 1)](
+            logits, stride, v, chunks, rows.num_logprobs, s.flags, s.highest, s.mass, s.found, s.values,
+            s.places, out.tokens, out.logprob, out.rank, out.top_ids, out.top_logprobs,
+            out.top_ids.stride(0), CHUNK=CHUNK, CHUNKS=chunks_up, CANDIDATES=CANDIDATES,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -456,75 +467,101 @@ def edit_kernel(
     edited, highest, first, mass, block_highest,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
-    """Bias, bans, mask and penalties on a copy of rows that have some, and its chunks in short. Grid: (R, C)
+    """Bias, bans, mask and penalties on a copy of rows that have some, and its chunks in short.
 
     A token's count is where its edited logit will be. Launched without contraction of products and sums, so
-    that the logits are the CPU's.
+    that the logits are the CPU's. Grid: (R, parts of a row).
     """
     r = tl.program_id(0)
-    c = tl.program_id(1)
     what = tl.load(flags + r)
     if (what & EDITED) != 0:
-        ids = c * CHUNK + tl.arange(0, CHUNK)
-        inside = ids < V
-        x = load_logits(logits + r.to(tl.int64) * row_stride, ids, V)
+        raw = logits + r.to(tl.int64) * row_stride
         row = edited + r.to(tl.int64) * V
         penalty = (what & PENALTY) != 0
-        count = tl.zeros((CHUNK,), tl.int32)
-        if penalty:
-            count = tl.load(row + ids, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-            tl.debug_barrier()  # all threads have read their counts before one writes a logit
-        listed = tl.load(bias_start + r + 1) > tl.load(bias_start + r)
-        if listed | (tl.load(banned_start + r + 1) > tl.load(banned_start + r)):
-            tl.store(row + ids, x, mask=inside)
-            tl.debug_barrier()
-            apply_lists(
-                row, c * CHUNK, r, bias_start, bias_ids, bias_values, banned_start, banned_ids, CHUNK, LIST
-            )
-            x = tl.load(row + ids, mask=inside, other=-INFINITY)
-            tl.debug_barrier()
-        m = tl.load(mask_row + r)
-        if m >= 0:
-            words = mask_words + m.to(tl.int64) * tl.cdiv(V, 32)
-            word = tl.load(words + ids // 32, mask=inside, other=0)
-            x = tl.where(((word >> (ids % 32)) & 1) != 0, x, -INFINITY)
-        if penalty:
-            by = tl.load(repetition + r)
-            x = tl.where(count != 0, tl.where(x > 0.0, tl.div_rn(x, by), x * by), x)
-            count = count & (SEEN - 1)
-            lower = x - tl.load(frequency + r) * count.to(tl.float32) - tl.load(presence + r)
-            x = tl.where(count != 0, lower, x)
-        x = tl.where(x == x, x, INFINITY)
-        tl.store(row + ids, x, mask=inside)
         random = (what & RANDOM) != 0
         inverse = tl.div_rn(1.0, tl.where(random, tl.load(temperature + r), 1.0))
-        summarize(x, ids, inverse, random, (r * 2 + SAMPLED) * C + c, highest, first, mass)
-        if (what & FILTERED) != 0:
-            store_block_highest(x, r * 2 + SAMPLED, c, B, block_highest, CHUNK, BLOCK)
+        listed = tl.load(bias_start + r + 1) > tl.load(bias_start + r)
+        listed = listed | (tl.load(banned_start + r + 1) > tl.load(banned_start + r))
+        m = tl.load(mask_row + r)
+        for c in range(tl.program_id(1), C, tl.num_programs(1)):
+            ids = c * CHUNK + tl.arange(0, CHUNK)
+            inside = ids < V
+            x = load_logits(raw, ids, V)
+            count = tl.zeros((CHUNK,), tl.int32)
+            if penalty:
+                count = tl.load(row + ids, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+                tl.debug_barrier()  # all threads have read their counts before one writes a logit
+            if listed:
+                tl.store(row + ids, x, mask=inside)
+                tl.debug_barrier()
+                apply_lists(
+                    row, c * CHUNK, r, bias_start, bias_ids, bias_values, banned_start, banned_ids,
+                    CHUNK, LIST,
+                )  # fmt: skip
+                x = tl.load(row + ids, mask=inside, other=-INFINITY)
+                tl.debug_barrier()
+            if m >= 0:
+                words = mask_words + m.to(tl.int64) * tl.cdiv(V, 32)
+                word = tl.load(words + ids // 32, mask=inside, other=0)
+                x = tl.where(((word >> (ids % 32)) & 1) != 0, x, -INFINITY)
+            if penalty:
+                by = tl.load(repetition + r)
+                x = tl.where(count != 0, tl.where(x > 0.0, tl.div_rn(x, by), x * by), x)
+                count = count & (SEEN - 1)
+                lower = x - tl.load(frequency + r) * count.to(tl.float32) - tl.load(presence + r)
+                x = tl.where(count != 0, lower, x)
+            x = tl.where(x == x, x, INFINITY)
+            tl.store(row + ids, x, mask=inside)
+            summarize(x, ids, inverse, random, (r * 2 + SAMPLED) * C + c, highest, first, mass)
+            if (what & FILTERED) != 0:
+                store_block_highest(x, r * 2 + SAMPLED, c, B, block_highest, CHUNK, BLOCK)
+
+
+@triton.jit
+def write_top(values, places, count, n, top, log_total, ids, logprobs, CANDIDATES: tl.constexpr):
+    """The n likeliest of the candidates, one after another."""
+    x, id, there = load_candidates(values, places, count, CANDIDATES)
+    keys = tl.where(there, key_of(x, id), -1)
+    last = tl.cast(LAST_KEY, tl.int64)
+    for i in range(n):
+        last = tl.max(tl.where(keys < last, keys, -1), 0)
+        below = value_of(last).to(tl.float64) - top.to(tl.float64)
+        tl.store(ids + i, id_of(last))
+        tl.store(logprobs + i, (below - log_total).to(tl.float32))
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_ARRAYS)
 def rank_kernel(
-    logits, row_stride, V, C, num_logprobs, flags, highest, mass, tokens, logprob, rank,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    logits, row_stride, V, C, num_logprobs, flags, highest, mass, found, values, places,
+    tokens, logprob, rank, top_ids, top_logprobs, top_stride,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """The token's log-probability, and how many raw logits are greater, which is added to its rank.
+    """How many raw logits are greater than the token's, added to its rank; its log-probability, and the top n.
 
-    Grid: (R, C). Reads the chunks whose highest logit is greater than the token's.
+    Grid: (R, C + 1), the last for log-probabilities. Reads the chunks whose highest logit is greater.
     """
     r = tl.program_id(0)
     c = tl.program_id(1)
-    if ((tl.load(flags + r) & ACTIVE) != 0) & (tl.load(num_logprobs + r) >= 0):
+    n = tl.load(num_logprobs + r)
+    if ((tl.load(flags + r) & ACTIVE) != 0) & (n >= 0):
+        at = r * 2 + RAW
+        row = logits + r.to(tl.int64) * row_stride
         token = tl.load(tokens + r)
-        if token >= 0:
-            at = r * 2 + RAW
-            row = logits + r.to(tl.int64) * row_stride
-            own = tl.load(row + token)
+        own = tl.load(row + token, mask=token >= 0, other=INFINITY)
+        if c < C:
             if tl.load(highest + at * C + c) > own:
                 ids = c * CHUNK + tl.arange(0, CHUNK)
                 greater = tl.sum((load_logits(row, ids, V) > own).to(tl.int32), 0)
                 tl.atomic_add(rank + r, greater, sem="relaxed")
-            if c == 0:
-                top = row_highest(at, highest, C, CHUNKS)
-                below = own.to(tl.float64) - top.to(tl.float64)
-                tl.store(logprob + r, (below - log_sum(at, top, highest, mass, C, CHUNKS)).to(tl.float32))
+        else:
+            top = row_highest(at, highest, C, CHUNKS)
+            if is_finite(top):
+                log_total = log_sum(at, top, highest, mass, C, CHUNKS)
+                if token >= 0:
+                    below = own.to(tl.float64) - top.to(tl.float64)
+                    tl.store(logprob + r, (below - log_total).to(tl.float32))
+                write_top(
+                    values + at.to(tl.int64) * CANDIDATES, places + at.to(tl.int64) * CANDIDATES,
+                    tl.load(found + at), tl.minimum(n, V), top, log_total,
+                    top_ids + r * top_stride, top_logprobs + r * top_stride, CANDIDATES,
+                )  # fmt: skip

@@ -151,19 +151,8 @@ def portion(part, total):
 
 @triton.jit
 def nucleus_goal(p, total):
-    """The mass with which a nucleus ends: p of the total, rounded up."""
-    wanted = p.to(tl.float64) * total.to(tl.float64)
-    down = wanted.to(tl.int64)
-    return tl.maximum(tl.where(down.to(tl.float64) < wanted, down + 1, down), 1)
-
-
-@triton.jit
-def least_y(min_p):
-    """min_p as a bound on y, rounded as the CPU's."""
-    y = tl.cast(-INFINITY, tl.float32)
-    if min_p > 0.0:
-        y = tl.log(min_p.to(tl.float64)).to(tl.float32)
-    return y
+    """The mass with which a nucleus ends."""
+    return tl.maximum((p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
 
 
 # ---- rows by their chunks ----------------------------------------------------------------------------------
@@ -207,8 +196,9 @@ def bound_kernel(
 ):  # fmt: skip
     """A logit that enough tokens reach, but not many more.
 
-    limits (R, 2, 3): that bound, the row's highest logit, and the least y by min_p. found (R, 2): 0, or
-    CANDIDATES + 1 where nothing is to be gathered. Grid: (R, 2), the first for the top n.
+    limits (R, 2, 3): that bound, the row's highest logit, and the least y by min_p. found (R, 2): 0. Where
+    nothing is to be gathered, the bound is infinite and found is CANDIDATES + 1. Grid: (R, 2), the first for
+    the top n.
     """
     r = tl.program_id(0)
     which = tl.program_id(1)
@@ -224,7 +214,8 @@ def bound_kernel(
         floor = tl.cast(LOWEST, tl.float32)
         p = tl.load(min_p + r)
         k = tl.load(top_k + r)
-        min_y = least_y(p)
+        if p > 0.0:
+            min_y = tl.log(p.to(tl.float64)).to(tl.float32)  # as the CPU has it
         wanted = tl.minimum(NUCLEUS, B // 2)
         if (k > 0) & (k < V):
             wanted = k
@@ -233,9 +224,12 @@ def bound_kernel(
     if V <= CANDIDATES:
         wanted = 0
     start = CANDIDATES + 1
-    if needed & (wanted <= B):
+    bound = tl.cast(INFINITY, tl.float32)
+    if needed:
         top = row_highest(at, highest, C, CHUNKS)
-        if is_finite(top):
+        tl.store(limits + at * 3 + 1, top)
+        tl.store(limits + at * 3 + 2, min_y)
+        if is_finite(top) & (wanted <= B):
             start = 0
             bound = floor
             if wanted > 0:
@@ -243,43 +237,44 @@ def bound_kernel(
                 x = tl.load(block_highest + at * B + b, mask=b < B, other=-INFINITY)
                 keys = tl.where(b < B, key_of(x, b), -1)
                 bound = tl.maximum(floor, value_of(find_cut(keys, (b < B).to(tl.int64), wanted, wanted // 4)))
-            tl.store(limits + at * 3, bound)
-            tl.store(limits + at * 3 + 1, top)
-            tl.store(limits + at * 3 + 2, min_y)
+    tl.store(limits + at * 3, bound)
     tl.store(found + at, start)
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_ARRAYS)
 def gather_kernel(
     logits, row_stride, V, C, flags, temperature, edited, highest, limits, found, values, places,
-    CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """The tokens that reach the bound, in any order, to values and places (R, 2, CANDIDATES).
 
-    found counts them, more than are stored where there are too many. Grid: (R, C, 2). Reads the chunks that
-    have some.
+    found counts them, more than are stored where there are too many. Grid: (R, parts of a row, 2). Reads
+    blocks of chunks that have some.
     """
     r = tl.program_id(0)
-    c = tl.program_id(1)
     which = tl.program_id(2)
     at = r * 2 + which
-    if tl.load(found + at) <= CANDIDATES:  # else there are too many, whatever this chunk has
-        bound = tl.load(limits + at * 3)
+    bound = tl.load(limits + at * 3)
+    if bound < INFINITY:
         top = tl.load(limits + at * 3 + 1)
         min_y = tl.load(limits + at * 3 + 2)
         inverse = tl.cast(1.0, tl.float32)
         if which == SAMPLED:
             inverse = tl.div_rn(1.0, tl.load(temperature + r))
-        own = tl.load(highest + at * C + c)
-        if (own >= bound) & (y_of(own, top, inverse) >= min_y):
-            row = logits_of(which, tl.load(flags + r), logits, row_stride, edited, V, r)
-            ids = c * CHUNK + tl.arange(0, CHUNK)
-            x, there = load_there(row, ids, V, top, inverse, min_y, bound)
-            place = tl.cumsum(there.to(tl.int32), 0)
-            place += tl.atomic_add(found + at, tl.max(place, 0), sem="relaxed") - 1
-            there = there & (place < CANDIDATES)
-            tl.store(values + at.to(tl.int64) * CANDIDATES + place, x, mask=there)
-            tl.store(places + at.to(tl.int64) * CANDIDATES + place, ids, mask=there)
+        row = logits_of(which, tl.load(flags + r), logits, row_stride, edited, V, r)
+        before = 0
+        for start in range(tl.program_id(1) * BLOCK, V, tl.num_programs(1) * BLOCK):
+            own = tl.load(highest + at * C + start // CHUNK)
+            if (own >= bound) & (y_of(own, top, inverse) >= min_y) & (before < CANDIDATES):
+                ids = start + tl.arange(0, BLOCK)
+                x, there = load_there(row, ids, V, top, inverse, min_y, bound)
+                place = tl.cumsum(there.to(tl.int32), 0)
+                # Only what this returns may end the loop: loaded, it could differ from thread to thread.
+                before = tl.atomic_add(found + at, tl.max(place, 0), sem="relaxed")
+                place += before - 1
+                there = there & (place < CANDIDATES)
+                tl.store(values + at.to(tl.int64) * CANDIDATES + place, x, mask=there)
+                tl.store(places + at.to(tl.int64) * CANDIDATES + place, ids, mask=there)
 
 
 @triton.jit
@@ -291,19 +286,6 @@ def load_candidates(values, places, count, CANDIDATES: tl.constexpr):
 
 
 # ---- the choice --------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def write_top(values, places, count, n, top, log_total, ids, logprobs, CANDIDATES: tl.constexpr):
-    """The n likeliest of the candidates, one after another."""
-    x, id, there = load_candidates(values, places, count, CANDIDATES)
-    keys = tl.where(there, key_of(x, id), -1)
-    last = tl.cast(LAST_KEY, tl.int64)
-    for i in range(n):
-        last = tl.max(tl.where(keys < last, keys, -1), 0)
-        below = value_of(last).to(tl.float64) - top.to(tl.float64)
-        tl.store(ids + i, id_of(last))
-        tl.store(logprobs + i, (below - log_total).to(tl.float32))
 
 
 @triton.jit
@@ -359,36 +341,18 @@ def draw_candidate(
 def choose_kernel(
     logits, row_stride, V, C, row_kind, row_target, num_logprobs, temperature, top_k, top_p, min_p, seed,
     sample_index, position, flags, edited, highest, first, mass, found, values, places,
-    tokens, logprob, rank, top_ids, top_logprobs, top_stride,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    tokens, logprob, rank, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """The token, and the top n, from candidates where any are needed. Grid: (R, 2), the first for the top n.
-
-    logprob and rank get what they have where they are not asked for; rank_kernel adds to a rank of 1.
-    """
+    """The token; logprob and rank as they are where they are not asked for, and else a rank of 1. Grid: (R,)"""
     r = tl.program_id(0)
-    which = tl.program_id(1)
-    at = r * 2 + which
     kind = tl.load(row_kind + r)
-    what = tl.load(flags + r)
-    asked = tl.load(num_logprobs + r)
-    values += at.to(tl.int64) * CANDIDATES
-    places += at.to(tl.int64) * CANDIDATES
-    active = (what & ACTIVE) != 0
-    raw_top = tl.cast(-INFINITY, tl.float32)
-    if active:
-        raw_top = row_highest(r * 2 + RAW, highest, C, CHUNKS)
-    if which == RAW:
-        if is_finite(raw_top) & (asked > 0):
-            count = tl.load(found + at)
-            if count <= CANDIDATES:
-                write_top(
-                    values, places, count, tl.minimum(asked, V), raw_top,
-                    log_sum(at, raw_top, highest, mass, C, CHUNKS),
-                    top_ids + r * top_stride, top_logprobs + r * top_stride, CANDIDATES,
-                )  # fmt: skip
-    elif kind >= 0:
+    if kind >= 0:
+        at = r * 2 + SAMPLED
+        what = tl.load(flags + r)
         token = tl.cast(-1, tl.int32)
+        raw_top = tl.cast(-INFINITY, tl.float32)
+        if (what & ACTIVE) != 0:
+            raw_top = row_highest(r * 2 + RAW, highest, C, CHUNKS)
         if kind == 2:
             token = tl.cast(0, tl.int32)
         elif is_finite(raw_top):
@@ -408,7 +372,7 @@ def choose_kernel(
                             tl.load(seed + r), tl.load(sample_index + r), tl.load(position + r)
                         )
                         if (what & FILTERED) == 0:
-                            row = logits_of(which, what, logits, row_stride, edited, V, r)
+                            row = logits_of(SAMPLED, what, logits, row_stride, edited, V, r)
                             token = draw_plain(
                                 at, row, V, C, top, inverse, uniform, highest, mass, CHUNK, CHUNKS
                             )
@@ -418,12 +382,14 @@ def choose_kernel(
                             if count <= CANDIDATES:
                                 token = draw_candidate(
                                     at, V, C, top, inverse, uniform, tl.load(top_k + r), tl.load(top_p + r),
-                                    tl.load(min_p + r), highest, mass, count, values, places,
-                                    CHUNKS, CANDIDATES,
+                                    tl.load(min_p + r), highest, mass, count,
+                                    values + at.to(tl.int64) * CANDIDATES,
+                                    places + at.to(tl.int64) * CANDIDATES, CHUNKS, CANDIDATES,
                                 )  # fmt: skip
         tl.store(tokens + r, token)
         tl.store(logprob + r, float("nan"))
-        tl.store(rank + r, tl.where(active & (asked >= 0) & (token != -1), 1, 0))
+        asked = ((what & ACTIVE) != 0) & (tl.load(num_logprobs + r) >= 0)
+        tl.store(rank + r, tl.where(asked & (token != -1), 1, 0))
 
 
 # ---- rows whose candidates do not suffice ------------------------------------------------------------------
@@ -448,7 +414,7 @@ def row_mass(row, V, top, inverse, min_y, floor, BLOCK: tl.constexpr):
 
 @triton.jit
 def walk_row(row, V, top, inverse, min_y, low, high, cut, goal, by_count, BLOCK: tl.constexpr):
-    """The first id up to which the weights of load_weights exceed goal, which all of them do."""
+    """The first id up to which the weights of load_weights exceed goal, which all do, and up to it their sum."""
     before = tl.cast(0, tl.int64)
     chosen = 0
     passed = before
@@ -461,8 +427,9 @@ def walk_row(row, V, top, inverse, min_y, low, high, cut, goal, by_count, BLOCK:
         passed = tl.where(here, before, passed)
         before = after
     ids = chosen + tl.arange(0, BLOCK)
-    upto = tl.cumsum(load_weights(row, ids, V, top, inverse, min_y, low, high, cut, by_count), 0)
-    return chosen + tl.sum((passed + upto <= goal).to(tl.int32), 0)
+    upto = passed + tl.cumsum(load_weights(row, ids, V, top, inverse, min_y, low, high, cut, by_count), 0)
+    reached = tl.min(tl.where(upto > goal, upto, LAST_KEY), 0)
+    return chosen + tl.sum((upto <= goal).to(tl.int32), 0), reached
 
 
 @triton.jit
@@ -532,21 +499,20 @@ def find_row_cut(
         cut = find_cut(keys, weights, goal, 0)
         passed += tl.sum(tl.where(keys >= cut, weights, 0), 0)
     else:
-        cut = key_of(high, walk_row(row, V, top, inverse, min_y, high, high, 0, goal - 1, by_count, BLOCK))
-        weight = tl.where(by_count, 1, mass_of(high, top, inverse))
-        passed += (goal + weight - 1) // weight * weight
+        last, reached = walk_row(row, V, top, inverse, min_y, high, high, 0, goal - 1, by_count, BLOCK)
+        cut = key_of(high, last)
+        passed += reached
     return cut, passed
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_ARRAYS)
 def sift_kernel(
-    logits, row_stride, V, C, num_logprobs, temperature, top_k, top_p, min_p, seed, sample_index, position,
-    flags, edited, highest, mass, found, values, places, tokens, top_ids, top_logprobs, top_stride,
-    CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    logits, row_stride, V, num_logprobs, temperature, top_k, top_p, seed, sample_index, position,
+    flags, edited, limits, found, values, places, tokens, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What choose_kernel left, by one program that reads the whole row, about 15 times.
+    """Tokens that choose_kernel left undecided, and for a top n as many candidates, where there were too many.
 
-    Grid: (R, 2), the first for the top n.
+    One program reads the whole row, about 15 times. Grid: (R, 2), the first for the top n.
     """
     r = tl.program_id(0)
     which = tl.program_id(1)
@@ -557,22 +523,20 @@ def sift_kernel(
         left = ((what & ACTIVE) != 0) & (n > 0) & (tl.load(found + at) > CANDIDATES)
     else:
         left = ((what & FILTERED) != 0) & (tl.load(tokens + r) == UNDECIDED)
-    top = row_highest(at, highest, C, CHUNKS)
+    top = tl.load(limits + at * 3 + 1)
     if left & is_finite(top):
         values += at.to(tl.int64) * CANDIDATES
         places += at.to(tl.int64) * CANDIDATES
         row = logits_of(which, what, logits, row_stride, edited, V, r)
         inverse = tl.cast(1.0, tl.float32)
         floor = tl.cast(-INFINITY, tl.float32)
-        min_y = floor
+        min_y = tl.load(limits + at * 3 + 2)
         goal = n.to(tl.int64)
         if which == SAMPLED:
             inverse = tl.div_rn(1.0, tl.load(temperature + r))
             floor = tl.cast(LOWEST, tl.float32)
-            min_y = least_y(tl.load(min_p + r))
             k = tl.load(top_k + r)
             goal = tl.where(k < V, k, 0).to(tl.int64)
-        alone = (goal == 0) & (min_y == -INFINITY)  # top_p, without top_k and min_p
         cut = tl.cast(0, tl.int64)
         total = cut
         for stage in range(2):  # by count, then by mass
@@ -582,24 +546,16 @@ def sift_kernel(
                 cut = tl.cast(0, tl.int64)
                 total = row_mass(row, V, top, inverse, min_y, floor, BLOCK)
                 p = tl.load(top_p + r)
-                goal = cut
-                if p < 1.0:
-                    whole = total
-                    if alone:  # as draw_candidate has it
-                        whole = row_total(at, top, inverse, highest, mass, C, CHUNKS)
-                    goal = tl.minimum(nucleus_goal(p, whole), total)
+                goal = tl.where(p < 1.0, nucleus_goal(p, total), 0)
             if (goal > 0) & (by_count | (which == SAMPLED)):
                 cut, total = find_row_cut(
                     row, V, top, inverse, min_y, floor, goal, by_count, values, places, BLOCK, CANDIDATES
                 )
         if which == RAW:
             gather_row(row, V, top, inverse, min_y, floor, INFINITY, cut, values, places, BLOCK, CANDIDATES)
-            write_top(
-                values, places, n, n, top, log_sum(at, top, highest, mass, C, CHUNKS),
-                top_ids + r * top_stride, top_logprobs + r * top_stride, CANDIDATES,
-            )  # fmt: skip
+            tl.store(found + at, n)
         else:
             uniform = sample_uniform(tl.load(seed + r), tl.load(sample_index + r), tl.load(position + r))
             goal = portion(uniform, total)
-            token = walk_row(row, V, top, inverse, min_y, floor, INFINITY, cut, goal, False, BLOCK)
+            token, _ = walk_row(row, V, top, inverse, min_y, floor, INFINITY, cut, goal, False, BLOCK)
             tl.store(tokens + r, token)

@@ -2,15 +2,19 @@
 
     python tests/compile_gpu_kernels.py sm_90 [sm_89 ...]     a line of JSON for each kernel
 
-Every tile of an architecture's table, for every kind of weights, through the launching code itself: the
-kernels are replaced by recorders, which compile what they are called with.
+Every tile of an architecture's table, for every kind of weights, and the other kernels in what models ask of
+them, through the launching code itself: the kernels are replaced by recorders, which compile what they are
+called with. sm_80 and sm_89, whose tables are alike, share their tiles: each compiles every other one, and
+all with FASTLLM_TEST_PROFILE=full, which also compiles attention for every head dim, cache and option.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,12 +24,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastllm.kernels import activation, dense, embedding, heads, low_rank, norm, products
+from fastllm.kernels import (
+    activation,
+    attention,
+    dense,
+    embedding,
+    heads,
+    low_rank,
+    norm,
+    products,
+    sampler,
+)
+from fastllm.kernels.attention_plan import plan_attention
 from fastllm.kernels.layout import GpuMatrix
 from fastllm.kernels.tiles import Tile, table
 
@@ -40,7 +56,7 @@ DTYPES = {
     torch.int8: "i8",
     torch.uint8: "u8",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 
 
 class Recorder:
@@ -163,11 +179,16 @@ def jobs(target: str) -> Iterator[tuple[str, str, int, Tile, torch.dtype]]:
 
 KERNELS = {
     activation: ("activation_kernel",),
+    attention: ("attention_kernel",),
     dense: ("dense_kernel",),
     embedding: ("embedding_kernel",),
     heads: ("prepare_heads_kernel",),
     low_rank: ("shrink_kernel", "expand_kernel"),
     norm: ("norm_kernel",),
+    sampler: (
+        *("stats_kernel", "count_kernel", "edit_kernel", "bound_kernel", "gather_kernel", "choose_kernel"),
+        *("sift_kernel", "rank_kernel"),
+    ),
     products: ("weight_only_kernel", "int8_kernel", "quantize_rows_kernel", "dequantize_kernel"),
 }
 
@@ -185,8 +206,9 @@ def record(target: str, results: list[dict[str, Any]]) -> list[Recorder]:
     return recorders
 
 
-def compile_products(target: str, recorders: list[Recorder]) -> None:
-    for path, layout_name, m, tile, dtype in dict.fromkeys(jobs(target)):
+def compile_products(target: str, recorders: list[Recorder], everything: bool) -> None:
+    part = slice(None) if everything else {"sm_80": slice(0, None, 2), "sm_89": slice(1, None, 2)}.get(target)
+    for path, layout_name, m, tile, dtype in list(dict.fromkeys(jobs(target)))[part or slice(None)]:
         w = weights(*LAYOUTS[layout_name])
         label = {"path": path, "layout": layout_name, "m": m, "tile": list(tile), "dtype": str(dtype)}
         for recorder in recorders:
@@ -229,13 +251,74 @@ def compile_others(recorders: list[Recorder]) -> None:
         low_rank.add_low_rank(x[:1], row, a, b, torch.zeros(4), torch.zeros(1, 256, dtype=bf16))
 
 
+# (head dim, cache, deterministic, window and soft-cap): what models have; the rest with `everything`.
+ATTENTION = (
+    (64, torch.bfloat16, False, False),
+    (128, torch.bfloat16, False, False),
+    (128, torch.int8, False, False),
+    (128, torch.bfloat16, True, True),
+)
+MORE_ATTENTION = tuple(
+    (d, kind, deterministic, special)
+    for d in (64, 80, 96, 128, 256)
+    for kind in (torch.bfloat16, torch.float16, torch.int8)
+    for deterministic in (False, True)
+    for special in (False, True)
+)
+
+
+def compile_attention(target: str, recorders: list[Recorder], everything: bool) -> None:
+    """Both lists, in the tiles of the architecture: decodes beside a long prompt."""
+    starts, lengths = np.array([0, 1, 257], np.int32), np.array([900, 300], np.int32)
+    for d, kind, deterministic, special in MORE_ATTENTION if everything else ATTENTION:
+        dtype = torch.float16 if kind == torch.float16 else torch.bfloat16
+        for recorder in recorders:
+            recorder.label = {
+                "path": "attention", "layout": f"{d} {kind}", "m": 257, "tile": [], "dtype": str(dtype),
+                "deterministic": deterministic, "special": special,
+            }  # fmt: skip
+        plan = plan_attention(
+            starts, lengths, tiles=attention.tiles_of(target, d, dtype, kind), group=4, kv_heads=8,
+            multiprocessors=100, table_width=64, window=200 if special else 0, deterministic=deterministic,
+        )  # fmt: skip
+        items = attention.to_device(plan, torch.device("cpu"), head_dim=d)
+        cache = torch.zeros(4, 8, 16, d, dtype=kind)
+        scales = torch.zeros(4, 8, 16) if kind == torch.int8 else None
+        q, table = torch.zeros(257, 32, d, dtype=dtype), torch.zeros(128, dtype=torch.int32)
+        softcap = 30.0 if special else 0.0
+        attention.launch_attention(
+            q, cache, cache, table, items, torch.empty_like(q), d**-0.5, softcap, scales, scales
+        )
+
+
+def compile_sampler(recorders: list[Recorder]) -> None:
+    for recorder in recorders:
+        recorder.label = {"path": "others", "layout": "", "m": 2, "tile": [], "dtype": "torch.float32"}
+    vocabulary = 128256
+    words = -(-vocabulary // 32)
+    ints, floats = torch.zeros(4, dtype=torch.int32), torch.zeros(4)
+    of = {field.name: ints for field in dataclasses.fields(sampler.SampleRows)}
+    for name in ("temperature", "top_p", "min_p", "presence", "frequency", "repetition", "bias_values"):
+        of[name] = floats
+    of |= {"seed": ints.long(), "mask_words": torch.zeros(1, words, dtype=torch.int32)}
+    sampler.launch(
+        torch.zeros(2, vocabulary),
+        sampler.SampleRows(**of),
+        sampler.SampleOutputs.allocate(2, 20, "cpu"),
+        sampler.SamplerScratch.allocate(2, vocabulary, "cpu"),
+    )
+
+
 def main() -> None:
+    everything = os.environ.get("FASTLLM_TEST_PROFILE") == "full"
     triton.knobs.nvidia.dump_ptxas_log = True
     for target in sys.argv[1:]:
         results: list[dict[str, Any]] = []
         recorders = record(target, results)
-        compile_products(target, recorders)
+        compile_products(target, recorders, everything)
         compile_others(recorders)
+        compile_attention(target, recorders, everything)
+        compile_sampler(recorders)
         for result in results:
             print(json.dumps(result), flush=True)
 

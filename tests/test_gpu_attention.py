@@ -77,7 +77,7 @@ class Step:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
     @property
     def table_width(self) -> int:
@@ -89,7 +89,11 @@ class Step:
         return max(0, position - self.window + 1) if self.window else 0
 
     def plan(self, tiles: Tiles = SMALL, **named: Any) -> AttentionPlan:
-        given = {"multiprocessors": 4, "window": self.window, "table_width": self.table_width} | named
+        given: dict[str, Any] = {
+            "multiprocessors": 4,
+            "window": self.window,
+            "table_width": self.table_width,
+        } | named
         return plan_attention(
             self.query_start, self.seq_lens, tiles=tiles, group=self.group, kv_heads=self.kv_heads, **given
         )
@@ -170,7 +174,12 @@ class Cache:
         step = self.step
         if isinstance(items, AttentionPlan):
             items = to_device(items, DEVICE, head_dim=step.head_dim)
-        given = {"keys": self.keys, "values": self.values, "q": self.q, "scale": step.scale} | self.scales
+        given: dict[str, Any] = {
+            "keys": self.keys,
+            "values": self.values,
+            "q": self.q,
+            "scale": step.scale,
+        } | self.scales
         given |= {"softcap": step.softcap, "window": step.window} | named
         tables = torch.from_numpy(self.tables).to(DEVICE)
         y = paged_attention(block_tables=tables, items=items, **given)
@@ -188,12 +197,12 @@ def check_close(got: torch.Tensor, expected: Array, dtype: torch.dtype) -> None:
 
 
 @st.composite
-def steps(draw: st.DrawFn, longest: int = 200, chunk: int = 40, sequences: int = 3) -> Step:
+def steps(draw: st.DrawFn, longest: int = 140, chunk: int = 24, sequences: int = 3) -> Step:
     lengths, queries = [], []
     for _ in range(draw(st.integers(1, sequences))):
         n = draw(st.one_of(st.just(1), st.integers(1, chunk)))
         queries.append(n)
-        lengths.append(n + draw(st.integers(0, longest - n)))
+        lengths.append(draw(st.integers(n, longest)))
     return Step(
         tuple(queries),
         tuple(lengths),
@@ -260,12 +269,22 @@ def test_tiles_of_the_tables(
     check_close(cache.attend(step.plan(tiles, deterministic=fixed)), cache.exact, dtype)
 
 
-@pytest.mark.skipif(not GPU, reason="the interpreter takes other tiles' time for these")
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.skipif(not GPU, reason="in the interpreter tiles of all tables are tested, one by one")
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        (64, torch.bfloat16),
+        (80, torch.float16),
+        (96, torch.bfloat16),
+        (128, torch.bfloat16),
+        (128, torch.float32),
+        (256, torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_tiles_of_this_gpu(head_dim: int, int8: bool, dtype: torch.dtype, deterministic: bool) -> None:
+def test_tiles_of_this_gpu(head_dim: int, dtype: torch.dtype, int8: bool, deterministic: bool) -> None:
     step = Step((1, 3, 100, 1), (400, 333, 300, 17), 2, 4, head_dim, dtype=dtype, int8=int8)
     cache = Cache(step)
     tiles = attention.tiles(DEVICE, head_dim, dtype, cache.stored)
@@ -322,33 +341,30 @@ VARIANTS = [
     {},
     {"window": 70},
     {"softcap": 3.0, "dtype": torch.float16},
-    {"int8": True, "window": 90},
-    {"int8": True, "dtype": torch.float16, "head_dim": 80},
+    {"int8": True, "window": 90, "dtype": torch.float16, "head_dim": 80},
 ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_deterministic_results_do_not_know_the_batch(variant: dict[str, Any]) -> None:
-    """The same 180 positions: as one prompt; in chunks; the last ones as decodes, alone and in a batch."""
+    """The same 140 positions: as one prompt; in chunks; some as decodes, alone and in a batch."""
     options: dict[str, Any] = {"group": 3, "block_size": 32} | variant
+    cut: list[bool] = []
 
-    def attend(queries: tuple[int, ...], lengths: tuple[int, ...], multiprocessors: int = 4) -> torch.Tensor:
-        """Sequence 0, and others."""
+    def attend(queries: tuple[int, ...], lengths: tuple[int, ...], multiprocessors: int) -> torch.Tensor:
+        """Sequence 0; the others are there too."""
         step = Step(queries, lengths, seed=len(queries), **options)
-        seeds = (5, *range(50, 49 + len(queries)))
         plan = step.plan(deterministic=True, multiprocessors=multiprocessors)
         cut.append(plan.many_slots > 0)
-        return Cache(step, seeds).attend(plan)[: queries[0]]
+        return Cache(step, (5, *range(50, 49 + len(queries)))).attend(plan)[: queries[0]]
 
-    cut: list[bool] = []
-    whole = attend((180,), (180,), 1)
-    assert torch.equal(attend((7,), (180,)), whole[173:])
-    assert torch.equal(attend((63,), (97,)), whole[34:97])
-    for position in (64, 179):
+    whole = attend((140,), (140,), 1)
+    assert torch.equal(attend((7,), (140,), 4), whole[133:])
+    assert torch.equal(attend((40,), (97,), 4), whole[57:97])
+    for position in (64, 139):
         alone = attend((1,), (position + 1,), 16)
         assert torch.equal(alone, whole[position : position + 1])
-        beside = attend((1, 1, 20), (position + 1, 170, 33), 1)
-        assert torch.equal(alone, beside)
+        assert torch.equal(alone, attend((1, 1, 12), (position + 1, 100, 12), 1))
     assert any(cut)
     assert not all(cut)
 
@@ -462,7 +478,12 @@ def test_the_capacity_holds_every_plan(
     step, tiles, options = drawn
     plan = step.plan(tiles, deterministic=deterministic, **options)
     tokens, longest = sum(step.queries), max(step.lengths)
-    shared = {"tiles": tiles, "group": step.group, "kv_heads": step.kv_heads, "deterministic": deterministic}
+    shared: dict[str, Any] = {
+        "tiles": tiles,
+        "group": step.group,
+        "kv_heads": step.kv_heads,
+        "deterministic": deterministic,
+    }
     room = capacity(
         tokens + longer, sequences=len(step.queries), keys_max=longest + longer, **shared, **options
     )
@@ -511,7 +532,7 @@ def test_errors_name_the_argument() -> None:
     refused("paged_attention: keys: .*strides", keys=keys.repeat(1, 1, 2, 1)[:, :, ::2], values=keys)
     refused("paged_attention: values: .*of keys", values=keys[:-1])
     refused("paged_attention: key_scales", int8, key_scales=None, value_scales=None)
-    refused("paged_attention: key_scales", **int8.scales)
+    refused("paged_attention: key_scales", cache, **int8.scales)
     refused("paged_attention: value_scales", int8, value_scales=int8.scales["key_scales"][:-1])
     refused("paged_attention: scale: .*positive", scale=-1.0)
     refused("paged_attention: scale: .*positive", scale=float("nan"))

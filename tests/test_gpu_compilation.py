@@ -45,7 +45,7 @@ def test_nothing_spills_and_shared_memory_suffices(
     architecture: str, compiled: dict[str, list[dict[str, Any]]]
 ) -> None:
     kernels = compiled[architecture]
-    assert len(kernels) >= 25
+    assert len(kernels) >= 45
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert not {"LDL", "STL"} & kernel["operations"].keys(), kernel
@@ -60,7 +60,7 @@ def test_tensor_cores_multiply(architecture: str, compiled: dict[str, list[dict[
         operations = kernel["operations"]
         if architecture == "sm_90":
             wanted = {"IGMMA" if kernel["path"] == "int8" else "HGMMA"}
-            if kernel["tile"][1] < 16:
+            if kernel["path"] == "attention" or (kernel["tile"] and kernel["tile"][1] < 16):
                 wanted.add("HMMA")  # compilers differ about 8 columns
             assert not kernel["serialized"], kernel  # ptxas keeps several wgmma in flight
         else:

@@ -48,7 +48,17 @@ EXAMPLES = settings(deadline=None, max_examples=100 if GPU else 8)
 NAMES = ("tokens", "logprob", "rank", "top_ids", "top_logprobs")
 # Chunks, blocks, candidates and what is read at a time, as they are and so that a thousand tokens are many.
 LARGE: dict[str, int] = {}
-SMALL = {"CHUNK": 256, "BLOCK": 8, "CANDIDATES": 64, "NUCLEUS": 8, "SIFT": 256, "HISTORY": 16, "LIST": 4}
+SMALL = {
+    "CHUNK": 256,
+    "BLOCK": 8,
+    "CANDIDATES": 64,
+    "NUCLEUS": 8,
+    "SIFT": 256,
+    "GATHER": 128,
+    "PROGRAMS": 5,
+    "HISTORY": 16,
+    "LIST": 4,
+}
 SIZES = pytest.mark.parametrize("sizes", [LARGE, SMALL], ids=["large", "small"])
 SENTINEL = -77
 
@@ -231,7 +241,8 @@ def logit_rows(draw: st.DrawFn, rows: int, coarse: bool) -> Float32:
     float32 computes edits exactly."""
     vocab = draw(st.sampled_from([1, 2, 31, 129, 400, 1003]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    logits = rng.standard_normal((rows, vocab)) * draw(st.sampled_from([0.01, 1.0, 1.0, 4.0])) + 3.0
+    logits = rng.standard_normal((rows, vocab)) * draw(st.sampled_from([0.01, 1.0, 1.0, 4.0]))
+    logits += draw(st.sampled_from([3.0, 0.0, -5.0]))
     if coarse or draw(st.booleans()):
         logits = np.clip(np.round(logits * 8) / 8, -16, 16)
     if draw(st.booleans()):
@@ -345,13 +356,15 @@ def test_equals(sizes: dict[str, int]) -> None:
     logits = np.zeros((7, 600), np.float32)
     logits[:, ::2] = -0.0  # as good as the other zero
     logits[5:, 300:] = 1.0
-    rows: list[Row] = [{"temperature": 1.0, "top_p": 0.25, "seed": seed} for seed in range(3)]
+    rows: list[Row] = [{"temperature": 1.0, "top_p": 0.25, "seed": seed} for seed in range(2)]
+    rows += [{"temperature": 1.0, "top_p": 0.0025, "seed": 18}]  # the first two, with a number of 0.524
     rows += [{"temperature": 1.0, "top_k": 3, "seed": seed} for seed in range(2)]
     rows += [{"temperature": 1.0, "top_k": 3, "top_p": 0.5, "seed": 1}, {"num_logprobs": 64}]
     rows[0]["num_logprobs"] = 2
     result = sample(logits, rows, sizes)
     check(logits, rows, result)
-    assert 75 < result["tokens"][:3].max() < 150
+    assert 75 < result["tokens"][:2].max() < 150
+    assert result["tokens"][2] == 1
     assert result["tokens"][3:5].max() > 300
     assert 300 <= result["tokens"][5] < 450
     assert result["tokens"][6] == 300
@@ -413,7 +426,9 @@ def test_edits_round_as_on_the_cpu() -> None:
         rows.append(
             {
                 "bias_ids": list(range(300)),
-                "bias_values": (3.0 + 0.1 * rng.integers(0, 3, 300) - logits[r]).astype(np.float32).tolist(),
+                "bias_values": ((-1) ** r * 3.0 + 0.1 * rng.integers(0, 3, 300) - logits[r])
+                .astype(np.float32)
+                .tolist(),
                 "history": tokens,
                 "history_prompt_len": 100,
                 "repetition": 1.1 + 0.07 * r,

@@ -44,7 +44,7 @@ from fastllm.kernels.attention_plan import (
     plan_attention,
 )
 from fastllm.kernels.heads import LayerCache
-from fastllm.kernels.sampler import SampleOutputs, SamplerScratch, sample
+from fastllm.kernels.sampler import SampleOutputs, SamplerScratch, launch
 from fastllm.models.adapters import AdapterPart, read_adapter
 from fastllm.models.registry import hf_names
 from fastllm.models.spec import DecoderSpec
@@ -481,7 +481,7 @@ class GpuExecutor:
                 values = self._model.logits(hidden[first:last])
                 if logits is not None:
                     logits.append(values)
-                self._sample(buffers, values, first, last, out, max(most, 0), needed)
+                self._sample(buffers, values, first, last, out, needed)
         self._remember(out.arrays.tokens)
         states = None
         if pooled.any():
@@ -490,7 +490,7 @@ class GpuExecutor:
         return self._fetch(out.memory, r, r, max(most, 0), states, begun)
 
     def _sample(
-        self, buffers: StepBuffers, logits: torch.Tensor, first: int, last: int, out: _Outputs, logprobs: int,
+        self, buffers: StepBuffers, logits: torch.Tensor, first: int, last: int, out: _Outputs,
         needed: dict[str, bool],
     ) -> None:  # fmt: skip
         rows = last - first
@@ -506,7 +506,7 @@ class GpuExecutor:
             out.arrays.top_ids[first:last],
             out.arrays.top_logprobs[first:last],
         )
-        sample(logits, buffers.sample_rows(first, last), logprobs, arrays, scratch=scratch, **needed)
+        launch(logits, buffers.sample_rows(first, last), arrays, scratch, **needed)
 
     def _remember(self, tokens: torch.Tensor) -> None:
         """The sampled tokens stay on the GPU for a next step that names them by row."""
@@ -628,7 +628,7 @@ class GpuExecutor:
 
         def compute() -> None:
             hidden = self._model.hidden(step, self._sampled, self._cache)
-            self._sample(buffers, self._model.logits(hidden), 0, key.size, out, max(key.logprobs, 0), needed)
+            self._sample(buffers, self._model.logits(hidden), 0, key.size, out, needed)
             self._sampled[: key.size].copy_(out.arrays.tokens)
 
         if self._device.type != "cuda":
