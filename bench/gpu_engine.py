@@ -365,7 +365,8 @@ def time_default_model(bench: Bench) -> None:
     answers, perplexity = {}, {}
     for where in ("cpu", device):
         begun = time.perf_counter()
-        with LLM(bench.model, device=where, max_model_len=256 if bench.smoke else 2048, progress=False) as llm:
+        length = 256 if bench.smoke else 2048
+        with LLM(bench.model, device=where, max_model_len=length, progress=False) as llm:
             if where == device:
                 bench.note("start", seconds=round(time.perf_counter() - begun, 2))
             answers[where] = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, greedy)]

@@ -427,7 +427,7 @@ def attention_kernel(
 # ---- which tile --------------------------------------------------------------------------------------------
 
 # Rows, keys, warps, stages, programs and loops of few, some, many and fixed; by the bytes of an element of K
-# and V (4: of q as well) and by the columns in registers. All by what the compiler reports: none was timed.
+# and V (4: of q as well) and by the head dim up to which. All by what the compiler reports: none was timed.
 _TILES: dict[str, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
     "sm_80": {
         (1, 64): ((16, 128, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 32, 4, 3, 2, 1)),
@@ -449,6 +449,7 @@ _TILES: dict[str, dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
     },
     "sm_90": {
         (1, 64): ((16, 128, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 128, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),
+        (1, 96): ((16, 32, 4, 4, 4, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 32, 4, 4, 2, 1)),
         (1, 128): ((16, 64, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 64, 8, 3, 2, 2), (64, 32, 4, 4, 2, 1)),
         (1, 256): ((16, 64, 4, 3, 4, 1), (64, 64, 8, 3, 2, 1), (128, 32, 8, 3, 2, 1), (32, 64, 8, 3, 2, 1)),
         (2, 64): ((16, 128, 4, 3, 4, 1), (64, 64, 4, 3, 2, 1), (128, 128, 8, 3, 2, 2), (64, 64, 4, 3, 2, 1)),

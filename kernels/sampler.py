@@ -536,9 +536,9 @@ def rank_kernel(
     tokens, logprob, rank, top_ids, top_logprobs, top_stride,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """How many raw logits are greater than the token's, added to its rank; its log-probability, and the top n.
+    """The token's log-probability, the top n, and how many raw logits are greater, added to the rank.
 
-    Grid: (R, C + 1), the last for log-probabilities. Reads the chunks whose highest logit is greater.
+    Grid: (R, C + 1), the last for all but the rank. Reads the chunks whose highest logit is greater.
     """
     r = tl.program_id(0)
     c = tl.program_id(1)
@@ -560,8 +560,9 @@ def rank_kernel(
                 if token >= 0:
                     below = own.to(tl.float64) - top.to(tl.float64)
                     tl.store(logprob + r, (below - log_total).to(tl.float32))
-                write_top(
-                    values + at.to(tl.int64) * CANDIDATES, places + at.to(tl.int64) * CANDIDATES,
-                    tl.load(found + at), tl.minimum(n, V), top, log_total,
-                    top_ids + r * top_stride, top_logprobs + r * top_stride, CANDIDATES,
-                )  # fmt: skip
+                if n > 0:
+                    write_top(
+                        values + at.to(tl.int64) * CANDIDATES, places + at.to(tl.int64) * CANDIDATES,
+                        tl.load(found + at), tl.minimum(n, V), top, log_total,
+                        top_ids + r * top_stride, top_logprobs + r * top_stride, CANDIDATES,
+                    )  # fmt: skip

@@ -343,7 +343,7 @@ def choose_kernel(
     sample_index, position, flags, edited, highest, first, mass, found, values, places,
     tokens, logprob, rank, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """The token; logprob and rank as they are where they are not asked for, and else a rank of 1. Grid: (R,)"""
+    """The token; logprob and rank where they are not asked for, and where they are a rank of 1. Grid: (R,)"""
     r = tl.program_id(0)
     kind = tl.load(row_kind + r)
     if kind >= 0:
@@ -406,7 +406,7 @@ def load_weights(row, ids, V, top, inverse, min_y, low, high, cut, by_count):
 @triton.jit
 def row_mass(row, V, top, inverse, min_y, floor, BLOCK: tl.constexpr):
     sums = tl.zeros((BLOCK,), tl.int64)
-    for start in tl.range(0, V, BLOCK, num_stages=4):
+    for start in tl.range(0, V, BLOCK, num_stages=3):
         ids = start + tl.arange(0, BLOCK)
         sums += load_weights(row, ids, V, top, inverse, min_y, floor, INFINITY, 0, False)
     return tl.sum(sums, 0)
@@ -414,11 +414,11 @@ def row_mass(row, V, top, inverse, min_y, floor, BLOCK: tl.constexpr):
 
 @triton.jit
 def walk_row(row, V, top, inverse, min_y, low, high, cut, goal, by_count, BLOCK: tl.constexpr):
-    """The first id up to which the weights of load_weights exceed goal, which all do, and up to it their sum."""
+    """The first id up to which the sum of load_weights exceeds goal, as that of all does, and that sum."""
     before = tl.cast(0, tl.int64)
     chosen = 0
     passed = before
-    for start in tl.range(0, V, BLOCK, num_stages=4):
+    for start in tl.range(0, V, BLOCK, num_stages=3):
         ids = start + tl.arange(0, BLOCK)
         weights = load_weights(row, ids, V, top, inverse, min_y, low, high, cut, by_count)
         after = before + tl.sum(weights, 0)
@@ -474,7 +474,7 @@ def find_row_cut(
         counts = tl.zeros((BLOCK,), tl.int32)
         least = tl.full((BLOCK,), INFINITY, tl.float32)
         most = tl.full((BLOCK,), -INFINITY, tl.float32)
-        for start in tl.range(0, V, BLOCK, num_stages=4):
+        for start in tl.range(0, V, BLOCK, num_stages=3):
             x, there = load_there(row, start + tl.arange(0, BLOCK), V, top, inverse, min_y, floor)
             above = there & (x >= middle)
             counts += above.to(tl.int32)
@@ -510,7 +510,7 @@ def sift_kernel(
     logits, row_stride, V, num_logprobs, temperature, top_k, top_p, seed, sample_index, position,
     flags, edited, limits, found, values, places, tokens, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tokens that choose_kernel left undecided, and for a top n as many candidates, where there were too many.
+    """The tokens that choose_kernel left undecided, and n candidates for a top n where there were too many.
 
     One program reads the whole row, about 15 times. Grid: (R, 2), the first for the top n.
     """
@@ -542,7 +542,7 @@ def sift_kernel(
         for stage in range(2):  # by count, then by mass
             by_count = stage == 0
             if (which == SAMPLED) & (stage == 1):
-                floor = tl.where(cut > 0, tl.maximum(floor, value_of(cut)), floor)  # all that equal the k-th
+                floor = tl.where(cut > 0, tl.maximum(floor, value_of(cut)), floor)  # with its equals
                 cut = tl.cast(0, tl.int64)
                 total = row_mass(row, V, top, inverse, min_y, floor, BLOCK)
                 p = tl.load(top_p + r)

@@ -4,8 +4,9 @@
 
 Every tile of an architecture's table, for every kind of weights, and the other kernels in what models ask of
 them, through the launching code itself: the kernels are replaced by recorders, which compile what they are
-called with. sm_80 and sm_89, whose tables are alike, share their tiles: each compiles every other one, and
-all with FASTLLM_TEST_PROFILE=full, which also compiles attention for every head dim, cache and option.
+called with. sm_80 and sm_89, whose tables are alike, share their tiles: each compiles every other one. All of
+everything is compiled with FASTLLM_TEST_PROFILE=full: attention for every head dim, cache and option, and
+the kernels without tiles for these two as well.
 """
 
 from __future__ import annotations
@@ -270,7 +271,8 @@ MORE_ATTENTION = tuple(
 def compile_attention(target: str, recorders: list[Recorder], everything: bool) -> None:
     """Both lists, in the tiles of the architecture: decodes beside a long prompt."""
     starts, lengths = np.array([0, 1, 257], np.int32), np.array([900, 300], np.int32)
-    for d, kind, deterministic, special in MORE_ATTENTION if everything else ATTENTION:
+    few = ATTENTION if target == "sm_90" else ATTENTION[1:3]
+    for d, kind, deterministic, special in MORE_ATTENTION if everything else few:
         dtype = torch.float16 if kind == torch.float16 else torch.bfloat16
         for recorder in recorders:
             recorder.label = {
@@ -316,9 +318,10 @@ def main() -> None:
         results: list[dict[str, Any]] = []
         recorders = record(target, results)
         compile_products(target, recorders, everything)
-        compile_others(recorders)
         compile_attention(target, recorders, everything)
-        compile_sampler(recorders)
+        if everything or target == "sm_90":
+            compile_others(recorders)
+            compile_sampler(recorders)
         for result in results:
             print(json.dumps(result), flush=True)
 

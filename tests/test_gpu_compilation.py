@@ -45,7 +45,7 @@ def test_nothing_spills_and_shared_memory_suffices(
     architecture: str, compiled: dict[str, list[dict[str, Any]]]
 ) -> None:
     kernels = compiled[architecture]
-    assert len(kernels) >= 45
+    assert len(kernels) >= (60 if architecture == "sm_90" else 20)
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert not {"LDL", "STL"} & kernel["operations"].keys(), kernel
