@@ -1,5 +1,4 @@
 """The uniform number of a row, from Philox4x32-10 as in csrc/model/philox.h: the same bits."""
-# mypy: ignore-errors
 
 from __future__ import annotations
 

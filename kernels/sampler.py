@@ -25,8 +25,6 @@ neither other rows nor the order of programs matter. The CPU sampler's probabili
 of float32 exponentials: tokens are the same unless a random number or the end of a nucleus falls within some
 1e-7 of a boundary.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# mypy: check-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
 

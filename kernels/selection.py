@@ -17,7 +17,6 @@ those do not settle, mostly a nucleus of more than some hundred tokens, is left 
 Arrays with two entries for a row, [r, 0] and [r, 1], are of its raw logits and of those that it is sampled
 from, which are the same where nothing is edited.
 """
-# mypy: ignore-errors
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import ALL, SLOTS, Saved, adapted, edit_config, edit_tensors, merge, save_adapter
 from step_batches import Chunk, ints, step_batch, whole
-from test_decoder import assert_close, drawn_decoder, executor, specs
+from test_decoder import assert_close, drawn_decoder, executor
 
 from fastllm import _core, reference
 from fastllm.errors import (
@@ -442,7 +442,7 @@ def test_any_adapter_agrees_with_the_oracle(
     shutil.rmtree(saved.path)
 
 
-@given(specs(), strategies.seeds(), strategies.sizes(1, 70))
+@given(strategies.decoder_specs(), strategies.seeds(), strategies.sizes(1, 70))
 def test_any_spec_with_an_adapter_agrees_with_the_oracle(spec: DecoderSpec, seed: int, length: int) -> None:
     """Widths that no vector divides, post norms, biases, windows: whatever stands between the products."""
     rng = np.random.default_rng(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from test_other_architectures import gemma2, gpt2, make, phi3
 from fastllm import LLM, AsyncLLM, LoRARequest, ModelFileError, RequestError, SamplingParams
 from fastllm.cli import run
 from fastllm.engine.block_seal import ChecksumSeal, EncryptingSeal
-from fastllm.executor.cpu import CpuExecutor, _packed
+from fastllm.executor.cpu import CpuExecutor
+from fastllm.executor.packing import pack_matrix, packed_slots
 from fastllm.formats import gguf, safetensors
 from fastllm.formats.checkpoint import open_checkpoint
 from fastllm.formats.digest import model_sha256
@@ -97,7 +99,9 @@ def test_fused_and_transposed_tensors_are_packed_the_same(build: Any, tmp_path: 
             spec = build(HyperParameters(checkpoint.config), checkpoint)
             return [
                 (slot, layer, (item if isinstance(item, np.ndarray) else item.unpack()).tobytes())
-                for slot, layer, item in _packed(checkpoint, spec, None, 2)
+                for slot, layer, item in packed_slots(
+                    checkpoint, spec, partial(pack_matrix, quantization=None), 2
+                )
             ]
 
     expected = packed(plain)

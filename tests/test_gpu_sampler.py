@@ -60,7 +60,7 @@ SMALL = {
     "LIST": 4,
 }
 SIZES = pytest.mark.parametrize("sizes", [LARGE, SMALL], ids=["large", "small"])
-SENTINEL = -77
+SENTINEL = 77  # what memory holds before
 
 
 def on_device(batch: SimpleNamespace) -> SampleRows:
@@ -76,13 +76,22 @@ def on_device(batch: SimpleNamespace) -> SampleRows:
     )
 
 
+def filled(cls: type[Any], *arguments: Any) -> Any:
+    """What cls.allocate gives, full of a number that nothing may rely on."""
+    made = cls.allocate(*arguments, DEVICE)
+    for field in fields(made):
+        getattr(made, field.name).fill_(SENTINEL)
+    return made
+
+
 def sample(logits: Float32, rows: list[Row], sizes: dict[str, int] = LARGE, **options: Any) -> Result:
     most = max(0, *(row.get("num_logprobs", -1) for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
             patch.setattr(sampler, name, size)
         given_logits = torch.from_numpy(logits).to(DEVICE)
-        out = sampler.sample(given_logits, on_device(make_batch(rows)), most, **options)
+        scratch = filled(SamplerScratch, *logits.shape)
+        out = sampler.sample(given_logits, on_device(make_batch(rows)), most, scratch=scratch, **options)
     assert given_logits.cpu().numpy().tobytes() == logits.tobytes(), "the logits are as they were"
     return {name: getattr(out, name).cpu().numpy() for name in NAMES}
 
@@ -390,13 +399,16 @@ def test_top_k_beyond_what_is_allowed() -> None:
 
 
 def test_a_top_n_of_impossible_tokens() -> None:
-    """-inf and the lowest number, which others use in its place, take part in the order."""
-    logits = np.full((3, 500), -np.inf, np.float32)
+    """-inf and the lowest number, which others use in its place, take part in the order.
+
+    More are asked for than there are blocks, so that none are gathered before the row is searched.
+    """
+    logits = np.full((3, 460), -np.inf, np.float32)
     logits[:, 17], logits[:, 400] = 2.0, 3.0
     logits[1, 100:450] = -3.4028234663852886e38
     logits[1, 400] = 3.0
     logits[2, 100:130] = -3.4028234663852886e38
-    rows = [{"num_logprobs": 40}] * 3
+    rows: list[Row] = [{"num_logprobs": 60}] * 3
     result = sample(logits, rows, SMALL)
     check(logits, rows, result)
     np.testing.assert_array_equal(result["top_ids"][0, :5], [400, 17, 0, 1, 2])
@@ -478,14 +490,6 @@ def test_nothing_to_choose() -> None:
         np.testing.assert_array_equal(result["tokens"], -1)
         assert np.all(np.isnan(result["logprob"]))
         assert result["top_ids"][1, 0] == 0, "the raw logits have a best token"
-
-
-def filled(cls: type[Any], *arguments: Any) -> Any:
-    """What cls.allocate gives, full of a number that nothing may rely on."""
-    made = cls.allocate(*arguments, DEVICE)
-    for field in fields(made):
-        getattr(made, field.name).fill_(SENTINEL)
-    return made
 
 
 @SIZES
