@@ -94,6 +94,8 @@ def test_fused_and_transposed_tensors_are_packed_the_same(build: Any, tmp_path: 
     plain = tiny.save_hf(make(build.__name__), tmp_path / "plain")
     sealed = seal(plain, tmp_path / "sealed")
 
+    pack = partial(pack_matrix, quantization=None)
+
     def packed(path: Path) -> list[Any]:
         with open_checkpoint(path, KeySource.of(KEY)) as checkpoint:
             spec = build(HyperParameters(checkpoint.config), checkpoint)
