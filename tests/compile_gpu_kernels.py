@@ -293,10 +293,9 @@ def compile_attention(target: str, recorders: list[Recorder], everything: bool) 
         )
 
 
-def compile_sampler(recorders: list[Recorder]) -> None:
+def compile_sampler(recorders: list[Recorder], vocabulary: int) -> None:
     for recorder in recorders:
         recorder.label = {"path": "others", "layout": "", "m": 2, "tile": [], "dtype": "torch.float32"}
-    vocabulary = 128256
     words = -(-vocabulary // 32)
     ints, floats = torch.zeros(4, dtype=torch.int32), torch.zeros(4)
     of = {field.name: ints for field in dataclasses.fields(sampler.SampleRows)}
@@ -321,7 +320,8 @@ def main() -> None:
         compile_attention(target, recorders, everything)
         if everything or target == "sm_90":
             compile_others(recorders)
-            compile_sampler(recorders)
+            for vocabulary in (50257, 128256, 262208) if everything else (128256,):
+                compile_sampler(recorders, vocabulary)
         for result in results:
             print(json.dumps(result), flush=True)
 

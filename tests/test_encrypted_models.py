@@ -101,9 +101,7 @@ def test_fused_and_transposed_tensors_are_packed_the_same(build: Any, tmp_path: 
             spec = build(HyperParameters(checkpoint.config), checkpoint)
             return [
                 (slot, layer, (item if isinstance(item, np.ndarray) else item.unpack()).tobytes())
-                for slot, layer, item in packed_slots(
-                    checkpoint, spec, partial(pack_matrix, quantization=None), 2
-                )
+                for slot, layer, item in packed_slots(checkpoint, spec, pack, 2)
             ]
 
     expected = packed(plain)
