@@ -271,7 +271,7 @@ MORE_ATTENTION = tuple(
 def compile_attention(target: str, recorders: list[Recorder], everything: bool) -> None:
     """Both lists, in the tiles of the architecture: decodes beside a long prompt."""
     starts, lengths = np.array([0, 1, 257], np.int32), np.array([900, 300], np.int32)
-    few = ATTENTION if target == "sm_90" else ATTENTION[1:3]
+    few = ATTENTION if target == "sm_90" else ATTENTION[1:2]
     for d, kind, deterministic, special in MORE_ATTENTION if everything else few:
         dtype = torch.float16 if kind == torch.float16 else torch.bfloat16
         for recorder in recorders:
