@@ -8,6 +8,8 @@
     (adapters,) fp32; low (T, R) fp32, rounded to x's dtype for the second product; y (T, N), rows of any
     stride.
 
+An index past a's last is that of an adapter without this projection.
+
 A tile of tokens takes the adapters that it has in turn, ascending, with the others' rows as zeros: sequences
 stand in runs, so that is one adapter in most tiles, and a decode of many adapters reads each once. Tokens
 without one are not touched. What a token gets depends on itself and its adapter alone.
@@ -26,12 +28,13 @@ COLUMNS = 128  # of K or N, at a time
 
 @triton.jit(do_not_specialize=["T"])
 def shrink_kernel(
-    x, adapter, a, scales, low, T, K, x_stride, R: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x, adapter, a, scales, low, T, K, adapters, x_stride,
+    R: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = t < T
     own = tl.load(adapter + t, mask=inside, other=-1)
+    own = tl.where(own < adapters, own, -1)
     r = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     k = tl.arange(0, COLUMNS)
     rows = t.to(tl.int64)
@@ -56,12 +59,13 @@ def shrink_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def expand_kernel(
-    low, adapter, b, y, T, N, y_stride, R: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    low, adapter, b, y, T, N, adapters, y_stride, R: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = t < T
     own = tl.load(adapter + t, mask=inside, other=-1)
+    own = tl.where(own < adapters, own, -1)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, RANKS)
     rows = t.to(tl.int64)
@@ -88,15 +92,15 @@ def add_low_rank(
 ) -> None:  # fmt: skip
     """Adds to y (T, N), in place; arguments are checked."""
     tokens, k = x.shape
-    n, r = b.shape[1:]
+    count, n, r = b.shape
     tiles = triton.cdiv(tokens, TOKENS)
     low = torch.empty(tokens, r, dtype=torch.float32, device=x.device)
     ranks = min(r, RANKS)
     shrink_kernel[(tiles, r // ranks)](
-        x, adapter, a, scales, low, tokens, k, x.stride(0),
+        x, adapter, a, scales, low, tokens, k, count, x.stride(0),
         R=r, RANKS=ranks, TOKENS=TOKENS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     expand_kernel[(tiles, triton.cdiv(n, COLUMNS))](
-        low, adapter, b, y, tokens, n, y.stride(0),
+        low, adapter, b, y, tokens, n, count, y.stride(0),
         R=r, RANKS=ranks, TOKENS=TOKENS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -371,14 +371,19 @@ def test_features_of_the_engine(name: str, small: Path) -> None:
 def test_adapters(small: Path, tmp_path: Path) -> None:
     model = tiny.make_model("llama", num_hidden_layers=1, hidden_size=32, head_dim=16, intermediate_size=48)
     saved = [
-        lora_files.save_adapter(tmp_path / str(i), model, rank=rank, seed=i).path
-        for i, rank in enumerate((4, 20))
+        lora_files.save_adapter(tmp_path / str(i), model, rank=rank, seed=i, targets=targets).path
+        for i, (rank, targets) in enumerate(((4, ("q_proj", "down_proj")), (20, lora_files.ALL[1:])))
     ]
     requests = [LoRARequest(str(i), str(path)) for i, path in enumerate(saved)]
     prompts = [{"prompt_token_ids": tiny.tokens(7 + i, seed=i)} for i in range(4)]
 
     def run(llm: LLM) -> Any:
-        return told(llm.generate(prompts, GREEDY, lora_request=[requests[0], None, requests[1], requests[0]]))
+        chosen = [requests[0], None, requests[1], requests[0]]
+        tokens = told(llm.generate(prompts, GREEDY, lora_request=chosen))
+        llm.sleep(2)
+        llm.wake_up()
+        assert told(llm.generate(prompts, GREEDY, lora_request=chosen)) == tokens
+        return tokens
 
     cpu, gpu = both(small, run)
     assert gpu == cpu

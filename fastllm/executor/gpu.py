@@ -211,6 +211,8 @@ class GpuExecutor:
         self._kv_heads = spec.num_kv_heads // self._rank.size
         self._tiles = attention.tiles(self._device, spec.head_dim, self._dtype, self._kv_dtype)
         self._processors = products.multiprocessors(self._device)
+        self._windows = sorted({spec.layer_window(i) for i in range(spec.num_layers)})  # 0: none
+        self._adapters: dict[tuple[str, int], AdapterStack] = {}  # outlive the weights, as on the CPU
         self._decoder: GpuDecoder | None = None
         self._load(checkpoint)
         self.kv_bytes_per_block = self._block_bytes()
@@ -223,7 +225,7 @@ class GpuExecutor:
         self._graph_buffers: StepBuffers | None = None
         self._graphs: dict[_GraphKey, _Graph] = {}
         self._pool: Any = None  # memory that the graphs share: one runs at a time
-        self._sampled = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
         self._scratch: SamplerScratch | None = None
         self._pending: dict[int, _Pending] = {}
         self._profiling = False
@@ -257,6 +259,7 @@ class GpuExecutor:
             positions=self._max_model_len,
             deterministic=self._deterministic,
             rank=self._rank,
+            adapters=self._adapters,
         )
 
     @property
@@ -364,6 +367,9 @@ class GpuExecutor:
     def submit(self, batch: StepBatch) -> int:
         """Begins a step; does not wait for it."""
         self._tickets += 1
+        for step in self._pending.values():  # superseded; it may still read what is filled anew
+            if step.event is not None:
+                step.event.synchronize()
         self._pending.clear()
         self._pending[self._tickets] = self._run(batch)
         return self._tickets
@@ -419,7 +425,7 @@ class GpuExecutor:
         self._check(batch)
         if len(batch.copy_blocks):
             self._copy_blocks(batch.copy_blocks)
-        plans = {window: self._plan(batch, window) for window in self._model.windows}
+        plans = {window: self._plan(batch, window) for window in self._windows}
         key = None if logits is not None else self._graph_key(batch, plans)
         if key is None:
             return self._run_eagerly(batch, plans, logits)
@@ -496,7 +502,8 @@ class GpuExecutor:
         rows = last - first
         scratch = self._scratch
         if scratch is None or scratch.flags.shape[0] < rows:
-            scratch = SamplerScratch.allocate(rows, self._spec.vocab_size, self._device)
+            most = max(rows, self._max_num_seqs)  # that graphs have
+            scratch = SamplerScratch.allocate(most, self._spec.vocab_size, self._device)
             self._scratch = scratch
             self._graphs.clear()
         arrays = SampleOutputs(
@@ -511,8 +518,7 @@ class GpuExecutor:
     def _remember(self, tokens: torch.Tensor) -> None:
         """The sampled tokens stay on the GPU for a next step that names them by row."""
         if self._sampled.shape[0] < tokens.shape[0]:
-            rows = max(tokens.shape[0], self._max_num_seqs)
-            self._sampled = torch.zeros(rows, dtype=torch.int32, device=self._device)
+            self._sampled = torch.zeros(tokens.shape[0], dtype=torch.int32, device=self._device)
             self._graphs.clear()
         self._sampled[: tokens.shape[0]].copy_(tokens)
 
@@ -571,7 +577,7 @@ class GpuExecutor:
         """For all graphs."""
         most = self._max_num_seqs
         per_sequence = -(-self._max_model_len // self._block_size)
-        room = dict.fromkeys(self._model.windows, self._room(most, many=True))
+        room = dict.fromkeys(self._windows, self._room(most, many=True))
         return self._new_buffers(most, most, most * per_sequence, room)
 
     def _room(self, tokens: int, *, many: bool) -> Capacity:
@@ -617,14 +623,6 @@ class GpuExecutor:
         items = {window: buffers.items_of(plan, window, room) for window, plan in plans.items()}
         step = buffers.step(key.size, key.size, items, adapters=key.adapters)
         needed = {"edits": key.edits, "filters": key.filters, "logprobs": key.logprobs >= 0}
-        self._remember(out.arrays.tokens[:0])
-        if self._sampled.shape[0] < key.size:
-            self._remember(torch.zeros(self._max_num_seqs, dtype=torch.int32, device=self._device))
-        scratch = self._scratch
-        if scratch is None or scratch.flags.shape[0] < key.size:
-            rows = max(self._max_num_seqs, key.size)
-            self._scratch = scratch = SamplerScratch.allocate(rows, self._spec.vocab_size, self._device)
-            self._graphs.clear()
 
         def compute() -> None:
             hidden = self._model.hidden(step, self._sampled, self._cache)
@@ -682,7 +680,7 @@ class GpuExecutor:
         self, slot: str, layer: int, index: int, a: torch.Tensor, b: torch.Tensor
     ) -> AdapterStack:
         """The projection's stack, with room for an adapter of that rank at that index."""
-        known = self._model.adapters.get((slot, layer))
+        known = self._adapters.get((slot, layer))
         count, rank = index + 1, max(16, 1 << (a.shape[0] - 1).bit_length())
         if known is not None:
             if known.a.shape[0] >= count and known.a.shape[1] >= rank:
@@ -702,13 +700,13 @@ class GpuExecutor:
             stack.a[:had, :less] = known.a
             stack.b[:had, :, :less] = known.b
             stack.scales[:had] = known.scales
-        self._model.adapters[slot, layer] = stack
+        self._adapters[slot, layer] = stack
         self._graphs.clear()
         return stack
 
     def unload_adapter(self, index: int) -> None:
         """Between two steps: forgets the adapter of an index, if it has one."""
-        for stack in self._model.adapters.values():
+        for stack in self._adapters.values():
             if index < stack.a.shape[0]:
                 stack.a[index] = 0
                 stack.b[index] = 0

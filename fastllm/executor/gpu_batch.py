@@ -61,7 +61,7 @@ class StepBuffers:
         self.tokens, self.rows, self.entries, self.room = tokens, rows, entries, room
         self._device = device
         self._words = -(-vocabulary // 32)
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, int] = {}
         self._end = 0
         for name in _ROWS:
             self._place(name, rows)
@@ -85,15 +85,15 @@ class StepBuffers:
         self._scratch = Scratch.allocate(largest, kv_heads, head_dim, device)
 
     def _place(self, name: str, count: int) -> None:
-        self._places[name] = (self._end, count)
+        self._places[name] = self._end
         self._end += -(-max(count, 1) // _ALIGNED) * _ALIGNED
 
     def _view(self, name: str, count: int) -> Int32:
-        start, _ = self._places[name]
+        start = self._places[name]
         return self._array[start : start + count]
 
     def device(self, name: str, count: int) -> torch.Tensor:
-        start, _ = self._places[name]
+        start = self._places[name]
         return self._here[start : start + count]
 
     def holds(self, tokens: int, rows: int, entries: int, plans: dict[int, AttentionPlan]) -> bool:
@@ -144,7 +144,7 @@ class StepBuffers:
             self._view(f"counts{window}", 2)[:] = (len(plan.few), len(plan.many))
         tables = batch.block_tables
         self._view("tables", tables.size)[:] = tables.reshape(-1)
-        used = self._places["tables"][0] + tables.size
+        used = self._places["tables"] + tables.size
         self._here[:used].copy_(self._host[:used], non_blocking=True)
         kept = [self._fill_list(name, getattr(batch, name)) for name in _LISTS]
         return all(kept)

@@ -40,7 +40,7 @@ class DeviceStep:
     slots: torch.Tensor  # (T,) int32; -1: padding
     tables: torch.Tensor  # int32, the block tables one after the other; an item says where its own begins
     items: dict[int, DeviceItems]  # sliding window (0: none) -> work of attention
-    row_token: torch.Tensor  # (R,) int64: the token whose hidden state is used
+    row_token: torch.Tensor  # (R,) int32: the token whose hidden state is used
     adapter: torch.Tensor | None  # (T,) int32, -1: none; None: no token has one
 
 
@@ -53,6 +53,7 @@ class GpuDecoder:
         positions: that a sequence may have.
         deterministic: one path for every number of rows, so that a token's result does not depend on the
             batch.
+        adapters: by slot and layer; looked at in every step.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class GpuDecoder:
         positions: int,
         deterministic: bool,
         rank: Rank,
+        adapters: dict[tuple[str, int], AdapterStack] | None = None,
     ) -> None:
         self._spec = spec
         self.weights = weights
@@ -74,12 +76,7 @@ class GpuDecoder:
         self._heads = spec.num_heads // rank.size
         self._kv_heads = spec.num_kv_heads // rank.size
         self._rope, self._rope_sliding = rope_tables(spec, positions, device)
-        self.adapters: dict[tuple[str, int], AdapterStack] = {}
-
-    @property
-    def windows(self) -> list[int]:
-        """The sliding windows that layers have, 0 for none."""
-        return sorted({self._spec.layer_window(i) for i in range(self._spec.num_layers)})
+        self._adapters = {} if adapters is None else adapters
 
     def hidden(self, step: DeviceStep, sampled: torch.Tensor, cache: list[LayerCache]) -> torch.Tensor:
         """The hidden states of the step's rows after the final norm, (R, dim); fills the cache."""
@@ -147,7 +144,7 @@ class GpuDecoder:
         h = x
         if spec.pre_norms:
             h = self._norm(x, vectors["ffn_norm"], vectors.get("ffn_norm_bias"), None)
-        adapted = step.adapter is not None and any((name, index) in self.adapters for name in ("gate", "up"))
+        adapted = step.adapter is not None and any((name, index) in self._adapters for name in ("gate", "up"))
         fused = spec.activation == "silu" and spec.gated_mlp and not adapted
         fused = fused and len(layer.gate_up.matrices) == 1
         m = multiply(h, layer.gate_up, paired=fused, deterministic=self._deterministic)
@@ -169,7 +166,7 @@ class GpuDecoder:
         """x + (post norm of) the projection of h."""
         linear = layer.o if slot == "o" else layer.down
         whole = self._rank.size == 1
-        adapted = step.adapter is not None and (slot, index) in self.adapters
+        adapted = step.adapter is not None and (slot, index) in self._adapters
         fused = whole and not adapted and not self._spec.post_norms
         y = multiply(h, linear, x if fused else None, deterministic=self._deterministic)
         if fused:
@@ -181,7 +178,7 @@ class GpuDecoder:
         return x + y
 
     def _adapt(self, slot: str, index: int, h: torch.Tensor, step: DeviceStep, y: torch.Tensor) -> None:
-        stack = self.adapters.get((slot, index))
+        stack = self._adapters.get((slot, index))
         if step.adapter is not None and stack is not None:
             add_low_rank(h, step.adapter, stack.a, stack.b, stack.scales, y)
 
@@ -199,7 +196,7 @@ def rope_tables(spec: DecoderSpec, positions: int, device: torch.device) -> tupl
         if factors:
             inverse = inverse / np.asarray(factors, dtype=np.float64)
         angles = np.arange(positions, dtype=np.float64)[:, None] * inverse
-        # Without rope there is one column, which no element turns by.
+        # Without rope there are no columns, and no element turns.
         values = [f(angles).astype(np.float32) for f in (np.cos, np.sin)]
         return (torch.from_numpy(values[0]).to(device), torch.from_numpy(values[1]).to(device))
 

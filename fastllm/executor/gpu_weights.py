@@ -8,7 +8,7 @@ GPU makes it, and what ranks exchange are whole outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -250,16 +250,6 @@ def _to_torch(values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torc
     if values.dtype == np.uint16:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
-
-
-def sizes_of(spec: DecoderSpec, rank: Rank) -> DecoderSpec:
-    """The decoder that one rank computes: its share of the heads and of the MLP."""
-    return replace(
-        spec,
-        num_heads=spec.num_heads // rank.size,
-        num_kv_heads=spec.num_kv_heads // rank.size,
-        ffn_dim=spec.ffn_dim // rank.size,
-    )
 
 
 def multiply(
