@@ -100,6 +100,8 @@ class LLM:
         threads: threads that compute; None or 0: all processors that the process may use. The answer does
             not depend on it.
         max_loras: most LoRA adapters loaded at once, up to 256.
+        async_scheduling: while a GPU computes a step, choose the next one and make the outputs of the one
+            before. A CPU computes in the caller's place, one step at a time.
         seed: where the seeds of requests without one come from: the same calls in the same order give the
             same answers.
         device: "cpu"; "cuda" or "cuda:N", an NVIDIA GPU (extra "gpu"); "interpret", what runs on a GPU on the
@@ -146,6 +148,7 @@ class LLM:
         kv_cache_memory_share: float | None = None,
         threads: int | None = None,
         max_loras: int = 8,
+        async_scheduling: bool = True,
         seed: int = 0,
         device: str = "cpu",
         dtype: str = "auto",
@@ -176,6 +179,7 @@ class LLM:
             kv_cache_memory_share=kv_cache_memory_share,
             threads=threads,
             max_loras=max_loras,
+            async_scheduling=async_scheduling,
             seed=seed,
             device=device,
             dtype=dtype,

@@ -68,6 +68,7 @@ class ModelOptions:
     kv_cache_memory_share: float | None = None
     threads: int | None = None
     max_loras: int = 8
+    async_scheduling: bool = True
     seed: int = 0
     device: str = "cpu"
     dtype: str = "auto"
@@ -86,8 +87,9 @@ class ModelOptions:
         _choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         place.check_kv_cache_dtype("kv_cache_dtype", self.kv_cache_dtype)
         _choice("block_size", self.block_size, BLOCK_SIZES)
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise RequestError("enable_prefix_caching", self.enable_prefix_caching, "a bool")
+        for name in ("enable_prefix_caching", "async_scheduling"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, getattr(self, name), "a bool")
         encrypted = False if self.kv_offload_encrypted is None else self.kv_offload_encrypted
         check_options(self.kv_offload_bytes, self.kv_offload_dir, encrypted, self.enable_prefix_caching)
         _check_speculation(self.speculative_config, place)
@@ -397,6 +399,7 @@ def _engine(
         draft_model_len=None if draft is None else draft.max_model_len,
         cache_identity=identity,
         max_loras=options.max_loras,
+        async_scheduling=options.async_scheduling,
         kv_offload_bytes=options.kv_offload_bytes,
         kv_offload_dir=options.kv_offload_dir,
         kv_offload_encrypted=kv_offload_encrypted,

@@ -7,6 +7,9 @@ a wrong block table, a block lost or shared by mistake, a wrong position, seed o
 adapter, here any file, has a part in every value. `expected_tokens` computes the same from the plain token
 list, without pages or batches. A block read, and written to another one, takes its values along.
 
+With `steps_ahead` it computes a step when that is submitted, as what computes steps in order, and takes
+tokens that are named by their row in the step before (`fastllm.executor.base.Pipelined`).
+
 Also here: a tokenizer and a detokenizer over a tiny vocabulary with multi-byte characters cut in two.
 """
 
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fastllm.errors import RequestError
 from fastllm.executor.base import ROW_LOGPROB, ROW_POOL, ROW_SAMPLE, StepBatch, StepResult
@@ -152,6 +156,8 @@ class FakeExecutor:
         fail_at: the step (from 0) at which `collect` raises, and what it raises.
     """
 
+    steps_ahead = 0
+
     def __init__(
         self,
         num_blocks: int = 64,
@@ -178,19 +184,29 @@ class FakeExecutor:
         self._pick = pick or (lambda row: choose(row, vocab_size))
         self._fail_at = fail_at
         self._batch: StepBatch | None = None
+        self._results: dict[int, StepResult] = {}  # of steps submitted, the last two
+        self._sampled = np.zeros(0, np.int32)
 
     def kv_capacity(self) -> int:
         return self.num_blocks
 
     def submit(self, batch: StepBatch) -> int:
-        self._batch = batch
-        return self.num_steps
+        if not self.steps_ahead:
+            self._batch = batch
+            return self.num_steps
+        ticket = self.num_steps
+        for old in [old for old in self._results if old < ticket - 1]:
+            spoil(self._results.pop(old))
+        self._results[ticket] = self.run(batch)
+        return ticket
 
     def collect(self, ticket: int) -> StepResult:
-        assert self._batch is not None
-        if self._fail_at is not None and self._fail_at[0] == self.num_steps:
+        if self._fail_at is not None and self._fail_at[0] == ticket:
             error, self._fail_at = self._fail_at[1], None
             raise error
+        if self.steps_ahead:
+            return self._results[ticket]
+        assert self._batch is not None
         result = self.run(self._batch)
         self._batch = None
         return result
@@ -229,7 +245,12 @@ class FakeExecutor:
         del self.adapters[index]
 
     def run(self, batch: StepBatch) -> StepResult:
-        check_shapes(batch, self.block_size, self.num_blocks, self.vocab_size, self.adapters)
+        check_shapes(
+            batch, self.block_size, self.num_blocks, self.vocab_size, self.adapters, len(self._sampled)
+        )
+        named = batch.token_ids < 0
+        token_ids = batch.token_ids.copy()
+        token_ids[named] = self._sampled[-1 - token_ids[named]].clip(0)
         self.adapters_seen |= set(batch.adapter.tolist()) - {-1}
         self.num_steps += 1
         for source, target in batch.copy_blocks.tolist():
@@ -251,10 +272,12 @@ class FakeExecutor:
                 position = int(batch.positions[t])
                 before = fold(self.values[slots[:position]])
                 slot = batch.slot_mapping[t]
-                self.values[slot] = mix(before, int(batch.token_ids[t]), position, *adapter)
-                self.tokens[slot] = batch.token_ids[t]
+                self.values[slot] = mix(before, int(token_ids[t]), position, *adapter)
+                self.tokens[slot] = token_ids[t]
                 contexts[t] = fold(self.values[slots[: position + 1]])
-        return self._answer(batch, contexts)
+        result = self._answer(batch, contexts)
+        self._sampled = result.tokens.copy()
+        return result
 
     def _answer(self, batch: StepBatch, contexts: np.ndarray) -> StepResult:
         rows = len(batch.row_seq)
@@ -317,6 +340,22 @@ class FakeExecutor:
         )
 
 
+def spoil(result: StepResult) -> None:
+    """Overwrite a result that nobody may read any more."""
+    for array in (result.tokens, result.rank, result.top_ids):
+        array[:] = -7
+    for array in (result.logprob, result.top_logprobs, result.hidden):
+        array[:] = np.nan
+
+
+@pytest.fixture(autouse=True, params=[0, 1], ids=["in turns", "a step ahead"])
+def steps_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """For modules that import it: each test runs on both kinds of executor."""
+    count: int = request.param
+    monkeypatch.setattr(FakeExecutor, "steps_ahead", count)
+    return count
+
+
 class MemoryFile:
     """What `OffloadFile` does, in memory and at once: the last `room` blocks; each `every`-th `get` fails."""
 
@@ -361,9 +400,14 @@ class SureExecutor(FakeExecutor):
 
 
 def check_shapes(
-    batch: StepBatch, block_size: int, num_blocks: int, vocab_size: int, adapters: Collection[int]
+    batch: StepBatch,
+    block_size: int,
+    num_blocks: int,
+    vocab_size: int,
+    adapters: Collection[int],
+    sampled: int = 0,
 ) -> None:
-    """Everything that an executor may rely on."""
+    """Everything that an executor may rely on; `sampled` rows of the step before may be named."""
     tokens, seqs, rows = len(batch.token_ids), len(batch.seq_lens), len(batch.row_seq)
     lengths = {
         "token_ids": tokens, "positions": tokens, "slot_mapping": tokens, "query_start": seqs + 1,
@@ -409,7 +453,7 @@ def check_shapes(
     assert batch.query_start[0] == 0
     assert batch.query_start[-1] == tokens > 0
     assert set(batch.adapter.tolist()) <= {-1, *adapters}
-    assert ((batch.token_ids >= 0) & (batch.token_ids < vocab_size)).all()
+    assert ((batch.token_ids >= -sampled) & (batch.token_ids < vocab_size)).all()
     assert len(set(batch.slot_mapping.tolist())) == tokens, "a slot is written twice"
     for s in range(seqs):
         first, stop, length = batch.query_start[s], batch.query_start[s + 1], batch.seq_lens[s]

@@ -22,6 +22,7 @@ from fake_executor import (
     expected_tokens,
     full_text,
     scores,
+    steps_ahead,  # noqa: F401
     top,
 )
 from hypothesis import given
@@ -33,7 +34,7 @@ from fastllm.engine.hooks import EngineHook
 from fastllm.engine.sequence import prefix_root
 from fastllm.errors import CapacityError, EngineDeadError, RequestError
 from fastllm.outputs import RequestOutput
-from fastllm.sampling_params import RequestOutputKind, SamplingParams
+from fastllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 VOCAB = len(PIECES)
 DELTA, CUMULATIVE, FINAL = RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY
@@ -1005,3 +1006,109 @@ def test_a_hook_may_abort_and_add(event: str) -> None:
 def test_something_that_is_no_hook_is_refused() -> None:
     with pytest.raises(RequestError, match="hooks"):
         make(hooks=[object()])
+
+
+# ---- a step ahead ----------------------------------------------------------------------------------------
+
+
+class Logbook(FakeExecutor):
+    """Notes what it is asked for, in order."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.calls: list[str] = []
+
+    def submit(self, batch: Any) -> int:
+        self.calls.append(f"submit {self.num_steps}")
+        return super().submit(batch)
+
+    def collect(self, ticket: int) -> Any:
+        self.calls.append(f"collect {ticket}")
+        return super().collect(ticket)
+
+
+def turns(count: int) -> list[str]:
+    return [f"{what} {number}" for number in range(count) for what in ("submit", "collect")]
+
+
+def test_a_step_is_submitted_before_the_one_before_is_collected(steps_ahead: int) -> None:  # noqa: F811
+    executor = Logbook()
+    engine = make(executor)
+    engine.add_request("a", [2, 3], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    run(engine)
+    ahead = [
+        "submit 0",
+        "submit 1",
+        "collect 0",
+        "submit 2",
+        "collect 1",
+        "submit 3",
+        "collect 2",
+        "collect 3",
+    ]
+    assert executor.calls == (ahead if steps_ahead else turns(4))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1.5},
+        {"allowed_token_ids": [2, 3, 4]},
+        {"bad_words": ["ab"]},
+        {"structured_outputs": StructuredOutputsParams(regex="(ab)+c")},
+    ],
+)
+def test_tokens_that_have_to_be_looked_at_first_are_waited_for(params: dict[str, Any]) -> None:
+    """Neither the request itself nor those beside it get another answer."""
+    executor = Logbook()
+    engine = make(executor)
+    engine.add_request("a", [2, 3], SamplingParams(temperature=0, max_tokens=6, **params))
+    plain = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    engine.add_request("b", [3, 4], plain)
+    outputs = {}
+    while "a" in engine.request_ids:
+        outputs.update({output.request_id: [output] for output in engine.step()})
+        assert executor.calls == turns(executor.num_steps)
+    outputs.update(run(engine))
+    assert outputs["b"][-1].outputs[0].token_ids == expected_tokens([3, 4], plain, 7)[0]
+
+
+def test_steps_go_ahead_only_where_that_is_wanted() -> None:
+    executor = Logbook()
+    engine = make(executor, async_scheduling=False)
+    engine.add_request("a", [2, 3], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    run(engine)
+    assert executor.calls == turns(4)
+
+
+def test_requests_that_come_while_a_step_is_computed_join_the_next_but_one() -> None:
+    executor = Logbook()
+    engine = make(executor)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    engine.add_request("a", [2, 3], params)
+    engine.step()
+    engine.add_request("b", [3, 4], params)
+    outputs = run(engine)
+    for name, prompt in (("a", [2, 3]), ("b", [3, 4])):
+        assert outputs[name][-1].outputs[0].token_ids == expected_tokens(prompt, params, 10)[0]
+    assert executor.num_steps <= 11
+
+
+def test_a_profile_shows_steps_one_after_the_other(steps_ahead: int) -> None:  # noqa: F811
+    executor = Logbook()
+    engine = make(executor)
+    engine.add_request("a", [2, 3], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+    engine.step()
+    engine.step()
+    profile = engine.start_profile()
+    begun = executor.num_steps
+    executor.calls.clear()
+    engine.step()
+    engine.step()
+    engine.step()
+    engine.stop_profile()
+    own = executor.num_steps - begun
+    assert own == 3 - steps_ahead  # one was on its way
+    assert executor.calls == turns(begun + own)[2 * begun :]
+    assert sum(times.steps for times in profile.kinds().values()) == 3
+    run(engine)

@@ -94,14 +94,17 @@ def gauges(load: EngineLoad) -> tuple[int, int, int, float]:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("in_flight", [False, True])
-def test_an_abort_at_any_moment_leaves_no_gauge_behind(n: int, in_flight: bool) -> None:
-    """Failure: n > 1 goes on, an abort in the last step is lost, gauges never come back to zero."""
+@pytest.mark.parametrize(("in_flight", "ahead"), [(False, 0), (True, 0), (False, 1)])
+def test_an_abort_at_any_moment_leaves_no_gauge_behind(n: int, in_flight: bool, ahead: int) -> None:
+    """Failure: n > 1 goes on, an abort in the last step is lost, gauges never come back to zero. Where steps
+    go ahead there is one in flight at every moment."""
     params = SamplingParams(n=n, max_tokens=6, ignore_eos=True, seed=1)
     moments, moment = 0, 0
     while moment <= moments:
 
         class Aborting(FakeExecutor):
+            steps_ahead = ahead
+
             def run(self, batch: Any) -> Any:
                 if in_flight and self.num_steps == moment:  # noqa: B023
                     engine.abort("a")  # noqa: B023

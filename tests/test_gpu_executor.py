@@ -339,6 +339,35 @@ def test_requests_of_every_kind_together(small: Path) -> None:
     assert gpu == cpu
 
 
+def test_steps_go_ahead_and_answers_stay(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step is there before the one before is collected; a cache that is too small, and ends that are
+    found late."""
+    under_way: list[int] = []
+    submit = GpuExecutor.submit
+
+    def noted(self: GpuExecutor, batch: Any) -> int:
+        ticket = submit(self, batch)
+        under_way.append(len(self._pending))
+        return ticket
+
+    monkeypatch.setattr(GpuExecutor, "submit", noted)
+    count, tokens = (24, 40) if GPU else (6, 7)
+    prompts = [{"prompt_token_ids": tiny.tokens(5 + 3 * (i % 5), seed=i)} for i in range(count)]
+    plain = [REQUESTS[name] for name in ("greedy", "drawn", "min_p", "bias", "logprobs")]
+    params = [replace(plain[i % 5], max_tokens=tokens - i % 4) for i in range(count)]
+    found = []
+    for ahead in (False, True):
+        options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "kv_cache_tokens": 112}
+        with LLM(
+            small, device=DEVICE, dtype="fp32", kv_cache_dtype="fp32", progress=False, max_model_len=64,
+            async_scheduling=ahead, **options,
+        ) as llm:  # fmt: skip
+            found.append(told(llm.generate(prompts, params)))
+        assert set(under_way) == ({1, 2} if ahead else {1})
+        under_way.clear()
+    assert found[0] == found[1]
+
+
 FEATURES = {
     "int8 cache": {"kv_cache_dtype": "int8"},
     "n-gram speculation": {"speculative_config": {"method": "ngram", "prompt_lookup_min": 1}},

@@ -292,9 +292,11 @@ class AdapterMachine(RuleBasedStateMachine):
         tokens=st.sampled_from((3, 8, 32)),
         loras=st.integers(1, 4),
         caching=st.booleans(),
+        ahead=st.integers(0, 1),
     )
-    def begin(self, blocks: int, tokens: int, loras: int, caching: bool) -> None:
+    def begin(self, blocks: int, tokens: int, loras: int, caching: bool, ahead: int) -> None:
         self.executor = FakeExecutor(num_blocks=blocks)
+        self.executor.steps_ahead = ahead
         self.engine = Engine(
             self.executor,
             ApiTokenizer(),

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import tiny
 from api_fakes import WAIT, ApiTokenizer, HeldExecutor, make_engine
-from fake_executor import FakeExecutor
+from fake_executor import (
+    FakeExecutor,
+    steps_ahead,  # noqa: F401
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry

@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from fake_executor import FakeExecutor, FakeTokenizer, expected_tokens
+from fake_executor import (
+    FakeExecutor,
+    FakeTokenizer,
+    expected_tokens,
+    steps_ahead,  # noqa: F401
+)
 from hypothesis import given
 from hypothesis import strategies as st
 

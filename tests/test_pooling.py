@@ -180,10 +180,12 @@ class EngineMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         budget=st.integers(1, 12),
         file_bytes=st.sampled_from([None, 3 * PAGE, 100 * PAGE]),
+        ahead=st.integers(0, 1),
     )
-    def start(self, blocks: int, seqs: int, budget: int, file_bytes: int | None) -> None:
+    def start(self, blocks: int, seqs: int, budget: int, file_bytes: int | None, ahead: int) -> None:
         self.recorder = CacheRecorder()
         self.executor = FakeSleeper(num_blocks=blocks)
+        self.executor.steps_ahead = ahead
         self.engine = make(
             self.executor,
             [self.recorder],

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import EOS, PIECES, FakeExecutor, FakeTokenizer, expected_tokens
+from fake_executor import (
+    EOS,
+    PIECES,
+    FakeExecutor,
+    FakeTokenizer,
+    expected_tokens,
+    steps_ahead,  # noqa: F401
+)
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import tiny
 from api_fakes import ApiTokenizer, HeldExecutor, make_engine
-from fake_executor import FakeDetokenizer, FakeExecutor
+from fake_executor import (
+    FakeDetokenizer,
+    FakeExecutor,
+    steps_ahead,  # noqa: F401
+)
 
 from fastllm import LLM, EngineDeadError, RequestError, SamplingParams
 from fastllm.engine.engine import Engine, EngineConfig

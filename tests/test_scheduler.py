@@ -27,8 +27,9 @@ from fastllm.engine.model_drafter import ModelDrafter
 from fastllm.engine.offload import Offload
 from fastllm.engine.scheduler import Scheduler
 from fastllm.engine.sequence import Sequence, pack_token_ids, prefix_root
+from fastllm.engine.step_batch import StepBatch
 from fastllm.errors import CapacityError, RequestError
-from fastllm.executor.base import StepResult
+from fastllm.executor.base import ROW_SAMPLE, StepResult
 from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import SamplingParams
 
@@ -387,14 +388,193 @@ def test_finish_from_outside() -> None:
     with pytest.raises(RequestError):
         scheduler.finish(item, "x")
     step(scheduler, executor)
-    scheduler.schedule()
-    with pytest.raises(RuntimeError):
-        scheduler.finish(item, "x")
-    scheduler.rollback()
     scheduler.finish(item, "x")
     assert (item.finish_reason, item.stop_reason) == ("stop", "x")
     scheduler.check()
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+def test_finish_while_a_step_writes_to_its_blocks() -> None:
+    scheduler = make()
+    executor = executor_of(scheduler)
+    item = sequence("a", [2], LONG)
+    scheduler.add(item)
+    step(scheduler, executor)
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.finish(item, "x")
+    assert (item.state, item.finish_reason, item.stop_reason) == ("finished", "stop", "x")
+    assert scheduler.moot
+    scheduler.check()
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks - 1
+    assert scheduler.update(executor.run(batch)) == []
+    assert item.num_output == 1
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+# ---- a step ahead -----------------------------------------------------------------------------------------
+
+
+def go_ahead(scheduler: Scheduler) -> StepBatch:
+    assert scheduler.assume()
+    scheduler.check()
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.check()
+    return batch
+
+
+def test_a_step_ahead_names_tokens_by_their_row() -> None:
+    scheduler = make()
+    executor = executor_of(scheduler)
+    items = [sequence(str(i), [2, 3 + i], LONG) for i in range(3)]
+    for item in items:
+        scheduler.add(item)
+    first = scheduler.schedule()
+    assert first is not None
+    result = executor.run(first)
+    with pytest.raises(RuntimeError):
+        scheduler.schedule()
+    batch = go_ahead(scheduler)
+    assert batch.token_ids.tolist() == [-1, -2, -3]
+    assert batch.positions.tolist() == [2, 2, 2]
+    assert [item.pending for item in items] == [True] * 3
+    with pytest.raises(RuntimeError):
+        scheduler.assume()
+    with pytest.raises(RuntimeError):
+        scheduler.finish(items[0])
+    after = executor.run(batch)
+    assert scheduler.update(result) == items
+    scheduler.check()
+    assert [item.num_output for item in items] == [1, 1, 1]
+    assert [item.first_row for item in items] == [0, 1, 2]
+    assert scheduler.update(after) == items
+    drain(scheduler, executor)
+    for item in items:
+        assert item.output_token_ids == expected_tokens(item.token_ids[:2], LONG, item.length_limit)[0]
+
+
+def test_an_end_that_is_found_late_wastes_a_token_and_no_more() -> None:
+    scheduler = make()
+    executor = executor_of(scheduler)
+    short = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    items = [sequence("ends", [2], short), sequence("stops", [2, 3], LONG), sequence("goes on", [2, 4], LONG)]
+    for item in items:
+        scheduler.add(item)
+    first = scheduler.schedule()
+    assert first is not None
+    result = executor.run(first)
+    batch = go_ahead(scheduler)
+    assert len(batch.seq_lens) == 2  # that the first one ends is known beforehand
+    after = executor.run(batch)
+    scheduler.update(result)
+    assert [item.finish_reason for item in items] == ["length", None, None]
+    scheduler.finish(items[1], "x")
+    scheduler.check()
+    assert not scheduler.moot
+    assert scheduler.update(after) == [items[2]]
+    assert [item.num_output for item in items] == [1, 1, 2]
+    scheduler.abort(items[2])
+    drain(scheduler, executor)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, repetition_penalty=1.5),
+        SamplingParams(temperature=0, presence_penalty=0.5),
+        SamplingParams(temperature=0, frequency_penalty=0.5),
+    ],
+)
+def test_what_has_to_be_seen_first_is_not_assumed(params: SamplingParams) -> None:
+    scheduler = make()
+    executor = executor_of(scheduler)
+    scheduler.add(sequence("a", [2], LONG))
+    scheduler.add(sequence("b", [2], params))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert not scheduler.assume()
+    assert scheduler.in_flight is batch
+    scheduler.update(executor.run(batch))
+    drain(scheduler, executor)
+
+
+def test_several_samples_of_a_prompt_are_not_assumed() -> None:
+    scheduler = make()
+    executor = executor_of(scheduler)
+    one, two = (sequence("a", [2], LONG, index=index) for index in range(2))
+    scheduler.add(one, 0.0, [two])
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert not scheduler.assume()  # they take the prompt's blocks over
+    scheduler.update(executor.run(batch))
+    drain(scheduler, executor)
+
+
+def test_nobody_is_preempted_for_a_step_ahead() -> None:
+    """The end of what is computed may bring the block that is missing."""
+    scheduler = make(num_blocks=8, block_size=2)
+    executor = executor_of(scheduler)
+    some = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    few = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    for item in (sequence("a", [2] * 3, some), sequence("b", [3] * 3, some), sequence("c", [4], few)):
+        scheduler.add(item)
+    for _ in range(3):
+        step(scheduler, executor)
+    assert scheduler.pool.num_free == 0
+    batch = scheduler.schedule()
+    assert batch is not None
+    result = executor.run(batch)
+    assert scheduler.assume()
+    assert scheduler.schedule() is None
+    scheduler.check()
+    scheduler.update(result)
+    scheduler.check()
+    drain(scheduler, executor)
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_more_important_request_gets_its_place_although_steps_go_ahead() -> None:
+    scheduler = make(seqs=1)
+    executor = executor_of(scheduler)
+    scheduler.add(sequence("a", [2], LONG))
+    step(scheduler, executor)
+    urgent = sequence("b", [3], LONG, priority=-5)
+    scheduler.add(urgent)
+    scheduler.schedule()  # it takes the place; once more for one that came while a step was in flight
+    assert urgent.state == "running"
+    more = sequence("c", [3], LONG, priority=-9)
+    scheduler.add(more)
+    assert not scheduler.assume()
+    scheduler.update(executor.run(scheduler.in_flight))  # type: ignore[arg-type]
+    scheduler.schedule()
+    assert more.state == "running"
+    scheduler.rollback()
+    drain(scheduler, executor)
+
+
+def test_rollback_of_two_steps_gives_the_same_again() -> None:
+    scheduler = make()
+    executor = executor_of(scheduler)
+    items = [sequence(str(i), [2, 3 + i] * 5, LONG) for i in range(3)]
+    for item in items:
+        scheduler.add(item)
+    step(scheduler, executor)
+    batch = scheduler.schedule()
+    assert batch is not None
+    before = batch.token_ids.tolist(), batch.positions.tolist(), batch.slot_mapping.tolist()
+    executor.run(batch)
+    go_ahead(scheduler)
+    scheduler.rollback()
+    scheduler.check()
+    assert not any(item.pending for item in items)
+    again = scheduler.schedule()
+    assert again is not None
+    assert before == (again.token_ids.tolist(), again.positions.tolist(), again.slot_mapping.tolist())
+    scheduler.update(executor.run(again))
+    drain(scheduler, executor)
+    for item in items:
+        assert item.output_token_ids == expected_tokens(item.token_ids[:10], LONG, item.length_limit)[0]
 
 
 # ---- abort ----------------------------------------------------------------------------------------------
@@ -783,6 +963,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count = 0
         self.now = 0.0
         self.known: set[bytes] = set()
+        self.assumed_result: Any = None  # of the step that is assumed
 
     @rule(
         prompt=prompt_strategy | shared_prompts,
@@ -838,7 +1019,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return self.executor.run(batch)
 
     def _execute(self) -> None:
-        self._take(self._run())
+        self._take(self._run() if self.scheduler.assumed is None else self.assumed_result)
 
     def _take(self, result: StepResult) -> None:
         moved = self.scheduler.update(result)
@@ -850,7 +1031,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.live.remove(one)
             self.ended.append(one)
 
-    @precondition(lambda self: self.scheduler.in_flight is None)
+    @precondition(lambda self: self.scheduler.in_flight is None and self.scheduler.assumed is None)
     @rule(times=st.integers(1, 6))
     def steps(self, times: int) -> None:
         for _ in range(times):
@@ -862,24 +1043,43 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.in_flight is None)
     @rule()
     def schedule(self) -> None:
+        assumed = self.scheduler.assumed is not None
         batch = self.scheduler.schedule()
-        assert (batch is None) == (not self.live)
+        assert (batch is None) == (not self.live) or (assumed and batch is None)
 
-    @precondition(lambda self: self.scheduler.in_flight is not None)
+    @precondition(lambda self: self.scheduler.in_flight is not None and self.scheduler.assumed is None)
+    @rule()
+    def go_ahead(self) -> None:
+        """What is submitted is computed; what comes of it is not looked at yet."""
+        result = self._run()
+        if self.scheduler.assume():
+            self.assumed_result = result
+        else:
+            self._take(result)
+
+    @precondition(lambda self: self.scheduler.in_flight is not None or self.scheduler.assumed is not None)
     @rule()
     def update(self) -> None:
         self._execute()
 
-    @precondition(lambda self: self.scheduler.in_flight is not None)
+    @precondition(lambda self: self.scheduler.in_flight is not None or self.scheduler.assumed is not None)
     @rule(data=st.data())
     def update_without_a_number(self, data: st.DataObject) -> None:
         """One sequence's logits are not numbers: it ends there, and the others do not notice."""
-        sampling = [one for one in self.live if one.item.num_scheduled and one.item.num_new]
-        assume(sampling)
-        one = data.draw(st.sampled_from(sampling))
-        result = self._run()
-        result.tokens[one.item.first_row + one.item.num_prompt_rows] = -1
-        one.stopped_at = one.item.num_output
+        batch = self.scheduler.in_flight if self.scheduler.assumed is None else self.scheduler.assumed
+        assert batch is not None
+        rows = {}
+        for place, one in enumerate(self.live):
+            own = (batch.seed == one.item.seed) & (batch.sample_index == one.item.index)
+            sampled = np.flatnonzero(own & (batch.row_kind == ROW_SAMPLE))
+            if len(sampled):
+                rows[place] = sampled[0]
+        assume(rows)
+        place = data.draw(st.sampled_from(sorted(rows)))
+        one = self.live[place]
+        result = self._run() if self.scheduler.assumed is None else self.assumed_result
+        result.tokens[rows[place]] = -1
+        one.stopped_at = one.item.num_output - one.item.pending
         self._take(result)
         assert (one.item.state, one.item.finish_reason) == ("finished", "error")
 
@@ -887,10 +1087,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def observe(self, seconds: float) -> None:
         self.scheduler.observe(seconds)
 
-    @precondition(lambda self: self.scheduler.in_flight is not None)
+    @precondition(lambda self: self.scheduler.in_flight is not None or self.scheduler.assumed is not None)
     @rule(computed=st.booleans())
     def rollback(self, computed: bool) -> None:
-        if computed:
+        if computed and self.scheduler.in_flight is not None:
             self._run()
         self.scheduler.rollback()
 
@@ -898,7 +1098,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         one = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
-        one.stopped_at = one.item.num_output
+        one.stopped_at = one.item.num_output - one.item.pending
         self.scheduler.abort(one.item)
         self.ended.append(one)
 
@@ -909,7 +1109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.offload.reset()
         assert self.scheduler.pool.num_cached == 0
 
-    @precondition(lambda self: self.live and self.scheduler.in_flight is None)
+    @precondition(lambda self: self.live and self.scheduler.assumed is None)
     @rule(data=st.data())
     def stop_string(self, data: st.DataObject) -> None:
         running = [one for one in self.live if one.item.state == "running" and not one.item.pools]
@@ -963,8 +1163,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        if self.scheduler.in_flight is not None:
-            self._execute()
+        for _ in range(2):
+            if self.scheduler.in_flight is not None or self.scheduler.assumed is not None:
+                self._execute()
         for _ in range(2000):
             if self.scheduler.schedule() is None:
                 break

@@ -43,7 +43,7 @@ from fastllm.engine.step_batch import StepBatch
 from fastllm.engine.stop import StopStrings
 from fastllm.engine.structured import Guides
 from fastllm.errors import EngineDeadError, RequestError
-from fastllm.executor.base import AdapterHost, Executor, PreparedAdapter, Sleeper, StepResult
+from fastllm.executor.base import AdapterHost, Executor, Pipelined, PreparedAdapter, Sleeper, StepResult
 from fastllm.outputs import EmbeddingOutput, RequestOutput
 from fastllm.pooling_params import PoolingParams
 from fastllm.sampling_params import RequestOutputKind, SamplingParams
@@ -88,6 +88,8 @@ class EngineConfig:
         prompt_lookup_min: tokens that must have stood somewhere before for a guess at what follows.
         draft_model_len: positions that the draft model has; None: as many as a sequence may have.
         max_loras: most LoRA adapters loaded at once.
+        async_scheduling: while an executor that can do so (`Pipelined`: a GPU) computes a step, the next one
+            is chosen and submitted, and the outputs of the one before are made. Answers are the same.
         kv_offload_bytes: size of a file that keeps what the prefix cache has to forget; None: nothing does.
         kv_offload_dir: where the file is made, without a name; None: the system's temporary directory.
         kv_offload_encrypted: whether what is in it is encrypted, with a key that nobody knows.
@@ -107,9 +109,20 @@ class EngineConfig:
     prompt_lookup_min: int = 2
     draft_model_len: int | None = None
     max_loras: int = 8
+    async_scheduling: bool = True
     kv_offload_bytes: int | None = None
     kv_offload_dir: str | os.PathLike[str] | None = None
     kv_offload_encrypted: bool = False
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was submitted."""
+
+    batch: StepBatch
+    ticket: int
+    since: float  # seconds of the clock
+    result: StepResult | None = None  # once it is known, where it was waited for early
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +214,10 @@ class Engine:
         self._executor = executor
         self._draft_executor = draft_executor
         self._sleep_together = [executor] if draft_executor is None else [executor, draft_executor]
-        self._undone = False  # the step was interrupted before it was scheduled: nothing was counted
+        self._ahead = config.async_scheduling and isinstance(executor, Pipelined) and executor.steps_ahead > 0
+        self._flight: _Flight | None = None  # a step that the next `step` waits for
+        self._unnoted = False  # it moved sequences of which nobody was told yet
+        self._collected = 0.0  # when a step's result was there, in seconds of the clock
         self._sleeping = 0  # the level, 0 while it is awake
         self._asleep: list[Sleeper] = []  # those of the executors that have to be woken
         self._tokenizer = tokenizer
@@ -424,8 +440,10 @@ class Engine:
         return found
 
     def _sweep(self) -> None:
-        """Free the adapters that nobody uses any more; a step in flight may still name one."""
-        if self.scheduler.in_flight is None and not self._closed:
+        """Free the adapters that nobody uses any more. A step that is still to be submitted may name one; to
+        one that was this makes no difference."""
+        submitted = self.scheduler.in_flight is None or self._flight is not None
+        if submitted and not self._closed:
             self.adapters.sweep()
 
     def abort(self, request_id: str) -> None:
@@ -453,6 +471,7 @@ class Engine:
                     request.metrics.last_token_time = self._delivered
         request.num_running = 0
         self._close(request, self._clock())
+        self._drop_moot_step()
         if self._hooks.aborted:
             event = events.Aborted(
                 request.metrics.finished_time or 0.0,
@@ -498,16 +517,23 @@ class Engine:
     def _step(self) -> None:
         started = self._clock()
         scheduler = self.scheduler
-        self._undone = False
+        counted = False
         try:
-            batch = self._schedule(started)
-            if batch is None:
-                return
-            if self._offload is not None:
-                self._offload.save()  # the step overwrites it
-            called = self._clock()
-            result = self._executor.collect(self._executor.submit(batch))
-            scheduler.observe(self._clock() - called)
+            flight, self._flight = self._flight, None
+            if flight is None:
+                batch = self._schedule(started)
+                if batch is None:
+                    return
+                flight = self._submit(batch)
+            else:
+                batch = flight.batch
+            self._go_ahead()
+            result = flight.result
+            if result is None:
+                result = self._executor.collect(flight.ticket)
+                called, self._collected = max(flight.since, self._collected), self._clock()
+                scheduler.observe(self._collected - called)
+            counted = True
             moved = scheduler.update(result)
             if self._guides:
                 self._guides.advance(moved)  # the workers go on while outputs are made
@@ -515,14 +541,18 @@ class Engine:
         except Exception as error:
             raise self._die(error) from error
         except BaseException as error:
-            if scheduler.in_flight is None and not self._undone:  # it was counted, its tokens are lost
+            if counted:  # its tokens are lost
                 raise self._die(error) from error
-            scheduler.rollback()  # the same step comes again
+            scheduler.rollback()  # the same steps come again
+            self._flight = None
+            self._note_ahead(started)
             self._sweep()
             raise
         try:
             now = self._clock()
             self._deliver(moved, result, now)
+            self._note_ahead(now)
+            self._drop_moot_step()
             if scheduler.pool.events:
                 self._emit_cache_events(now)
             if self.adapters.leaving:
@@ -554,6 +584,39 @@ class Engine:
         except BaseException as error:  # tokens may be lost; going on would give wrong text
             raise self._die(error) from error
 
+    def _submit(self, batch: StepBatch) -> _Flight:
+        if self._offload is not None:
+            self._offload.save()  # the step overwrites it
+        since = self._clock()
+        return _Flight(batch, self._executor.submit(batch), since)
+
+    def _go_ahead(self) -> None:
+        """Submit the step after the one that is computed now, if it can be told; a profile shows steps end to
+        end, and has them so."""
+        if self._ahead and self._profile is None and not self._guides and self.scheduler.assume():
+            batch = self.scheduler.schedule()
+            if batch is not None:
+                self._unnoted = True
+                self._flight = self._submit(batch)
+
+    def _note_ahead(self, now: float) -> None:
+        """Who is told of it may abort a request: not before its newest token is known."""
+        if self._unnoted:
+            self._unnoted = False
+            self._note_scheduled(now)
+
+    def _drop_moot_step(self) -> None:
+        """Wait for a step that nobody waits for any more, so that its blocks are free."""
+        if self._flight is not None and self.scheduler.moot:
+            flight, self._flight = self._flight, None
+            self._executor.collect(flight.ticket)
+            self.scheduler.rollback()
+
+    def _land(self) -> None:
+        """Wait for the step that is computed now; what it yields is for the next `step`."""
+        if self._flight is not None and self._flight.result is None:
+            self._flight.result = self._executor.collect(self._flight.ticket)
+
     def _schedule(self, started: float) -> StepBatch | None:
         """The next step's batch. Where nothing can go on without a mask, this waits for one."""
         scheduler = self.scheduler
@@ -564,7 +627,6 @@ class Engine:
             try:
                 batch = scheduler.schedule()
             except BaseException:
-                self._undone = True
                 self._note_scheduled(started)  # that much has happened
                 raise
             if scheduler.preempted or scheduler.admitted:
@@ -752,6 +814,7 @@ class Engine:
         """
         if self._profile is not None:
             raise RequestError("profile", "a second one", "one at a time")
+        self._land()
         self._profile = profile = Profile(
             self._executor, self._clock, len(self._requests), self.scheduler.drafter
         )
@@ -888,6 +951,7 @@ class Engine:
             f"the engine stopped: {type(error).__name__}: {error}; {len(self._lost)} unfinished requests"
             + (f" were aborted: {names}" if self._lost else "")
         )
+        self._flight = None
         self.scheduler.rollback()
         for request in list(self._requests.values()):
             self._abort(request, text=False)  # outputs are dropped
@@ -899,6 +963,8 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        self._flight = None
+        self.scheduler.rollback()
         for request in list(self._requests.values()):
             self._abort(request, text=False)  # outputs are dropped
         self._ready.clear()

@@ -17,7 +17,8 @@ cdef class Scheduler:
     cdef readonly Py_ssize_t max_num_batched_tokens
     cdef readonly Py_ssize_t max_model_len
     cdef readonly Py_ssize_t vocab_size
-    cdef readonly StepBatch in_flight  # the batch between schedule and update, else None
+    cdef readonly StepBatch in_flight  # the batch between schedule and update or assume, else None
+    cdef readonly StepBatch assumed  # the batch between assume and update, else None
     cdef readonly list admitted  # sequences that the last schedule took into the running ones
     cdef readonly list preempted  # sequences that the last schedule preempted
 
@@ -37,13 +38,14 @@ cdef class Scheduler:
     cdef list _running  # by deadline
     cdef list _waiting  # by deadline
     cdef Py_ssize_t _num_following
-    cdef list _draining  # aborted while in flight; their blocks are given up by update or rollback
+    cdef list _draining  # ended while in flight; their blocks are given up when the step is over
     cdef tuple _batches  # two, used in turn
     cdef Py_ssize_t _turn
     cdef Py_ssize_t _arrivals
 
     cpdef int add(self, Sequence sequence, double now=*, list followers=*) except -1
     cpdef StepBatch schedule(self)
+    cpdef bint assume(self) except -1
     cpdef list update(self, result)
     cpdef tuple intervals(self, list moved, double now)
     cpdef int observe(self, double seconds) except -1
@@ -70,6 +72,12 @@ cdef class Scheduler:
     cdef Py_ssize_t _shareable_blocks(self, Sequence sequence)
     cdef bint _admit(self, Sequence sequence) except -1
     cdef int _preempt(self, Sequence sequence) except -1
+    cdef bint _foreseen(self)
+    cdef list _resolve(self, const int32_t[::1] tokens)
+    cdef int _withdraw(self) except -1
+    cdef int _drop_ended(self) except -1
+    cdef int _drop_retired(self) except -1
+    cdef int _forget_pending(self, Sequence sequence) except -1
     cdef Py_ssize_t _made_of(self, StepBatch batch)
     cdef int _remember(self, Sequence sequence) except -1
     cdef list _release_followers(self, Sequence leader)
@@ -80,4 +88,5 @@ cdef class Scheduler:
     cdef FinishReason _take_hidden(self, Sequence sequence, const int32_t[::1] tokens)
     cdef bint _settle(self, Sequence sequence, FinishReason reason, list moved) except -1
     cdef FinishReason _finish_of(self, Sequence sequence)
+    cdef int _leave(self, Sequence sequence, SequenceState state, FinishReason reason) except -1
     cdef int _retire(self, Sequence sequence, SequenceState state, FinishReason reason) except -1

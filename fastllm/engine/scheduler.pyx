@@ -81,10 +81,33 @@ States of a sequence
     WAITING,
     PREEMPTED
     RUNNING    ABORTED    abort                        no step in flight             freed
-    RUNNING    ABORTED    abort                        its step is in flight         freed by update, rollback
+    RUNNING    ABORTED,   abort, finish, or update     its step is in flight         freed when that is over
+               FINISHED   of the step before
 
     A step is in flight between schedule and update (or rollback, which forgets it: nothing was counted yet,
     copies are undone, and the next schedule gives the same tokens again).
+
+A step ahead
+============
+
+An executor that computes while its caller goes on gets the next step before it has finished one:
+
+             schedule              assume                schedule                    update
+    nothing ---------> in flight ---------> assumed ---------------> assumed, and ---------> in flight
+       ^                   |                   |  (nothing follows:   one in flight             |
+       +-------------------+                   |   None)                  |                     |
+       |      update                           | update                   | rollback of both    |
+       +---------------------------------------+--------------------------+         (as above) -+
+
+`assume` counts the step in flight as if all went on: its tokens are in the cache, and each sequence that
+samples has one more, `pending`: it stands as -1 - r, which the executor reads as what row r of the step
+before yielded. What the next step holds is then chosen as ever. Only what could not be taken back is not done
+for it: where it would have to preempt, there is no step ahead. `update` puts the tokens in; what has ended by
+them is in the next step for nothing, and drains. Where the host has to look at a token before the next one
+can be sampled (penalties, grammars, bad words, guesses), `assume` declines.
+
+The executor computes steps in the order in which it gets them. So blocks that were free when a step was
+chosen may be in use by the one before it.
 
 Nothing waits for ever, and nothing deadlocks
 =============================================
@@ -103,7 +126,7 @@ Invariants (`check` recomputes every one of them)
 =================================================
 
     S1  Every live sequence is in exactly one of _running (RUNNING), _waiting (WAITING, PREEMPTED), _draining
-        (ABORTED, in flight) and the followers of one in the first two (FOLLOWING).
+        (ABORTED or FINISHED, in flight) and the followers of one in the first two (FOLLOWING).
     S2  _running and _waiting are in ascending order of (deadline, arrival).
     S3  A waiting sequence has no blocks, nothing computed and nothing scheduled; so has a follower.
     S4  A running sequence has computed less than it knows (there is always a next token to compute), is below
@@ -124,6 +147,7 @@ Invariants (`check` recomputes every one of them)
     S13 Of a running sequence a draft model's cache holds no more than its tokens, the newest excepted, and
         while a step is in flight its draft; of one that waits, nothing. What the drafter believes of the
         blocks holds (`Drafter.check`).
+    S14 Tokens are pending only while a step is assumed, each the newest of a running sequence.
 """
 
 from libc.math cimport INFINITY, NAN, isnan
@@ -331,14 +355,15 @@ cdef class Scheduler:
         """Choose the tokens of the next step.
 
         Returns:
-            The batch, valid until the second schedule after this one; None when nothing is unfinished, or
-            when all that could go on is held (`Sequence.held`).
+            The batch, valid until the second schedule after this one; None when nothing is unfinished, when
+            all that could go on is held (`Sequence.held`), or, with a step assumed, when it would take
+            preempting.
 
         Raises:
             RuntimeError: the step before is still in flight.
         """
         if self.in_flight is not None:
-            raise RuntimeError("schedule() needs update() or rollback() of the step before")
+            raise RuntimeError("schedule() needs update(), assume() or rollback() of the step before")
         self.admitted.clear()
         self.preempted.clear()
         if not self._running and not self._waiting:
@@ -350,12 +375,14 @@ cdef class Scheduler:
         batch.begin()
         self.in_flight = batch
         try:
-            if self._waiting:
+            if self._waiting and self.assumed is None:
                 self._make_room()
             room = True
             budget = self._schedule_decodes(batch, self.max_num_batched_tokens, &room)
-            self._schedule_prompts(batch, budget, room, self._seconds_for_prompts(batch))
-            if batch.num_tokens == 0:
+            if budget >= 0:
+                self._schedule_prompts(batch, budget, room, self._seconds_for_prompts(batch))
+            if batch.num_tokens == 0 or budget < 0:
+                batch.undo_copies(self.pool)
                 self._end_step()
                 return None
             batch.seal()
@@ -363,6 +390,55 @@ cdef class Scheduler:
             self.rollback()
             raise
         return batch
+
+    cpdef bint assume(self) except -1:
+        """Count the step in flight before its result is known, so that the next one can be scheduled.
+
+        Returns:
+            Whether that was done; else the step is in flight as before, and `update` comes next.
+
+        Raises:
+            RuntimeError: no step is in flight, or the one before is still assumed.
+        """
+        cdef StepBatch batch = self.in_flight
+        cdef Sequence sequence
+        cdef Py_ssize_t i
+        if batch is None or self.assumed is not None:
+            raise RuntimeError("assume() needs a step in flight, and none that is assumed")
+        if not self._foreseen():
+            return False
+        for i in range(batch.num_seqs):
+            sequence = <Sequence> batch.sequences[i]
+            if sequence.state_code != SEQUENCE_RUNNING:
+                continue
+            batch.recall(i)
+            sequence.prompt_rows_done += sequence.num_prompt_rows
+            sequence.num_computed += sequence.num_scheduled
+            sequence.num_scheduled = 0
+            if sequence.num_new:
+                sequence.tokens.push_back(-1 - <int32_t> (sequence.first_row + sequence.num_prompt_rows))
+                sequence.pending = True
+                sequence.held = <Py_ssize_t> sequence.tokens.size() >= sequence.length_limit  # it ends
+        self._drop_ended()
+        self.assumed = batch
+        self.in_flight = None
+        return True
+
+    cdef bint _foreseen(self):
+        """Whether what follows the step in flight depends on its tokens only by what they are."""
+        cdef StepBatch batch = self.in_flight
+        cdef Sequence sequence
+        cdef Py_ssize_t i
+        if self.drafter is not None or batch.num_hidden or batch.num_masks or batch.copies:
+            return False
+        if self._waiting and self._yields(len(self._running) - 1, <Sequence> self._waiting[0]):
+            return False
+        for i in range(batch.num_seqs):
+            sequence = <Sequence> batch.sequences[i]
+            if batch.shares[i].num_new and sequence.state_code == SEQUENCE_RUNNING:
+                if sequence.followers or sequence.penalized or not sequence.bad_ends.empty():
+                    return False
+        return True
 
     cdef int _make_room(self) except -1:
         """Preempt for sequences at the head of the queue that are more important than running ones; only
@@ -448,7 +524,8 @@ cdef class Scheduler:
 
     cdef Py_ssize_t _schedule_decodes(self, StepBatch batch, Py_ssize_t budget, bint* room) except -1:
         """Schedule the running sequences that have one token to compute: each gets what it needs for that,
-        then drafts are made for all of them together. Returns the budget that is left.
+        then drafts are made for all of them together. Returns the budget that is left; -2 if one would have
+        to be preempted while a step is assumed, whose end may bring blocks.
 
         Only sequences behind the one at hand, or itself, are preempted: never one that has what it needs.
         """
@@ -461,6 +538,8 @@ cdef class Scheduler:
             if sequence.due() != 1:
                 continue
             while not self._grow(batch, sequence, 1):
+                if self.assumed is not None:
+                    return -2
                 room[0] = False
                 victim = <Sequence> self._running.pop()
                 self._preempt(victim)
@@ -645,7 +724,7 @@ cdef class Scheduler:
         return 0
 
     cpdef list update(self, result):
-        """Take in what the step in flight yielded.
+        """Take in what the step in flight yielded; with a step assumed, what that one did.
 
         Args:
             result: a `StepResult`; tokens int32 (R,) is read here, the rest is the caller's.
@@ -661,7 +740,7 @@ cdef class Scheduler:
             RuntimeError: no step is in flight.
             ValueError: the result does not fit the batch. The step is still in flight.
         """
-        cdef StepBatch batch = self.in_flight
+        cdef StepBatch batch = self.in_flight if self.assumed is None else self.assumed
         if batch is None:
             raise RuntimeError("update() needs a step in flight")
         cdef const int32_t[::1] tokens = result.tokens
@@ -677,12 +756,15 @@ cdef class Scheduler:
         for row in range(batch.num_rows):
             if tokens[row] < -1 or tokens[row] >= self.vocab_size:
                 raise ValueError(f"row {row} yields token {tokens[row]} of a vocabulary of {self.vocab_size}")
+        if self.assumed is not None:
+            return self._resolve(tokens)
         cdef list moved = []
         cdef list forked = []
         for i in range(batch.num_seqs):
             sequence = <Sequence> batch.sequences[i]
-            if sequence.state_code != SEQUENCE_RUNNING:  # aborted meanwhile
+            if sequence.state_code != SEQUENCE_RUNNING:  # it has ended meanwhile
                 continue
+            batch.recall(i)
             sequence.prompt_rows_done += sequence.num_prompt_rows
             leads = sequence.num_new > 0 and len(sequence.followers) > 0
             if sequence.pooling != POOL_NONE:
@@ -693,6 +775,7 @@ cdef class Scheduler:
                 sequence.num_computed += sequence.num_scheduled
             else:  # what came after a wrong guess is computed again
                 sequence.num_computed = <Py_ssize_t> sequence.tokens.size() - 1
+            sequence.num_scheduled = 0
             if sequence.root is not None:
                 self._remember(sequence)
             followers = self._release_followers(sequence) if leads else ()
@@ -708,12 +791,46 @@ cdef class Scheduler:
             )
         self._end_step()
         if ended:
-            self._running = [
-                item for item in self._running if (<Sequence> item).state_code == SEQUENCE_RUNNING
-            ]
+            self._drop_retired()
         for item in forked:
             self._seat(<Sequence> item)
         return moved
+
+    cdef list _resolve(self, const int32_t[::1] tokens):
+        """Put the tokens of the assumed step in, where the next one may be in flight."""
+        cdef StepBatch batch = self.assumed
+        cdef Sequence sequence
+        cdef list moved = []
+        cdef bint ended = False
+        cdef Py_ssize_t i
+        self.assumed = None
+        for i in range(batch.num_seqs):
+            sequence = <Sequence> batch.sequences[i]
+            if sequence.pending:
+                self._forget_pending(sequence)
+            if sequence.state_code != SEQUENCE_RUNNING or sequence.pooling != POOL_NONE:
+                continue
+            batch.recall(i)
+            reason = self._take_tokens(sequence, tokens)
+            if sequence.root is not None:
+                self._remember(sequence)
+            ended |= self._settle(sequence, reason, moved)
+        batch.sequences.clear()
+        if ended:
+            self._drop_retired()
+        return moved
+
+    cdef int _forget_pending(self, Sequence sequence) except -1:
+        sequence.tokens.pop_back()
+        sequence.pending = sequence.held = False
+        return 0
+
+    cdef int _drop_retired(self) except -1:
+        """Only who runs is among the running ones."""
+        self._running = [
+            item for item in self._running if (<Sequence> item).state_code == SEQUENCE_RUNNING
+        ]
+        return 0
 
     cdef Py_ssize_t _made_of(self, StepBatch batch):
         """New tokens of the sequences of a step."""
@@ -805,7 +922,7 @@ cdef class Scheduler:
     cdef bint _settle(self, Sequence sequence, FinishReason reason, list moved) except -1:
         """After its tokens were taken. Returns whether it ended."""
         if reason != FINISH_NONE:
-            self._retire(sequence, SEQUENCE_FINISHED, reason)
+            self._leave(sequence, SEQUENCE_FINISHED, reason)
         if sequence.num_new or sequence.num_prompt_rows or reason == FINISH_ERROR:
             moved.append(sequence)
         return reason != FINISH_NONE
@@ -855,36 +972,66 @@ cdef class Scheduler:
 
     cpdef int observe(self, double seconds) except -1:
         """Say what the step in flight took to compute, before its update."""
-        if self.in_flight is not None:
+        cdef StepBatch batch = self.in_flight if self.assumed is None else self.assumed
+        if batch is not None:
             self._seconds = seconds
-            self.cost.observe(
-                self.in_flight.num_tokens, self.in_flight.num_rows - self.in_flight.num_hidden,
-                self.in_flight.context, seconds,
-            )
+            self.cost.observe(batch.num_tokens, batch.num_rows - batch.num_hidden, batch.context, seconds)
         return 0
 
     cpdef int rollback(self) except -1:
-        """Forget the step in flight, if there is one; what it would have computed is scheduled again."""
+        """Forget the step in flight and the one assumed, if there are any; what they would have computed is
+        scheduled again."""
         if self.in_flight is not None:
             self.in_flight.undo_copies(self.pool)
             self._end_step()
+        if self.assumed is not None:
+            self._withdraw()
         return 0
+
+    cdef int _withdraw(self) except -1:
+        """The assumed step is one that never was."""
+        cdef StepBatch batch = self.assumed
+        cdef Sequence sequence
+        cdef Py_ssize_t i
+        for i in range(batch.num_seqs):
+            sequence = <Sequence> batch.sequences[i]
+            if sequence.pending:
+                self._forget_pending(sequence)
+            if sequence.state_code == SEQUENCE_RUNNING:
+                sequence.num_computed -= batch.shares[i].num_tokens
+                sequence.prompt_rows_done -= batch.shares[i].num_prompt_rows
+                self.pool.truncate_table(
+                    sequence.blocks, self.pool.blocks_for(<Py_ssize_t> sequence.tokens.size())
+                )
+        batch.sequences.clear()
+        self.assumed = None
+        return 0
+
+    @property
+    def moot(self):
+        """Whether a step is in flight of which nobody waits for anything any more."""
+        if self.in_flight is None:
+            return False
+        for item in self.in_flight.sequences:
+            if (<Sequence> item).state_code == SEQUENCE_RUNNING:
+                return False
+        return True
 
     cpdef int finish(self, Sequence sequence, stop_reason=None) except -1:
         """End a sequence for a reason that the scheduler cannot see, such as a stop string.
 
         RUNNING -> FINISHED with "stop"; one that ended at the same token by itself gets the reason changed.
-        Only between update and the next schedule.
+        Not while a token is pending.
         """
-        if self.in_flight is not None:
-            raise RuntimeError("finish() while a step is in flight")
+        if self.assumed is not None:
+            raise RuntimeError("finish() needs update() of the step that is assumed")
         if sequence.state_code == SEQUENCE_FINISHED:
             sequence.finish_code = FINISH_STOP
         elif sequence.state_code == SEQUENCE_RUNNING:
             self._running.remove(sequence)
             if sequence.followers:
                 self._succeed(sequence)
-            self._retire(sequence, SEQUENCE_FINISHED, FINISH_STOP)
+            self._leave(sequence, SEQUENCE_FINISHED, FINISH_STOP)
         elif sequence.state_code == SEQUENCE_WAITING and sequence.num_output:  # it followed, without a seat
             self._waiting.remove(sequence)
             self._retire(sequence, SEQUENCE_FINISHED, FINISH_STOP)
@@ -908,13 +1055,7 @@ cdef class Scheduler:
             return 0
         if sequence.followers:
             self._succeed(sequence)
-        if sequence.num_scheduled:  # the executor may be writing to its blocks
-            sequence.state_code = SEQUENCE_ABORTED
-            sequence.finish_code = FINISH_ABORT
-            self._draining.append(sequence)
-            return 0
-        self._retire(sequence, SEQUENCE_ABORTED, FINISH_ABORT)
-        return 0
+        return self._leave(sequence, SEQUENCE_ABORTED, FINISH_ABORT)
 
     cdef int _succeed(self, Sequence leader) except -1:
         """The first follower takes the place of a leader that goes."""
@@ -941,6 +1082,16 @@ cdef class Scheduler:
             return FINISH_LENGTH
         return FINISH_NONE
 
+    cdef int _leave(self, Sequence sequence, SequenceState state, FinishReason reason) except -1:
+        """End a sequence that is off every list, or will be at once. Where a step in flight writes to its
+        blocks they are given up when that is over."""
+        if sequence.num_scheduled == 0:
+            return self._retire(sequence, state, reason)
+        sequence.state_code = state
+        sequence.finish_code = reason
+        self._draining.append(sequence)
+        return 0
+
     cdef int _retire(self, Sequence sequence, SequenceState state, FinishReason reason) except -1:
         """Give up the blocks of a sequence that is off every list, or will be at once."""
         self.pool.free_table(sequence.blocks)
@@ -962,13 +1113,20 @@ cdef class Scheduler:
                 )
             # Past the known tokens the draft model's cache holds guesses; the newest is computed again.
             sequence.num_drafted = min(sequence.num_drafted, <Py_ssize_t> sequence.tokens.size() - 1)
-        for item in self._draining:
-            sequence = <Sequence> item
-            self.pool.free_table(sequence.blocks)
-        self._draining.clear()
+        self._drop_ended()
         self.in_flight.sequences.clear()
         self.in_flight = None
         self._seconds = 0.0
+        return 0
+
+    cdef int _drop_ended(self) except -1:
+        """What drained is gone: no later step is chosen before the one that it was in."""
+        cdef Sequence sequence
+        for item in self._draining:
+            sequence = <Sequence> item
+            sequence.num_scheduled = 0
+            self.pool.free_table(sequence.blocks)
+        self._draining.clear()
         return 0
 
     def check(self):
@@ -981,7 +1139,9 @@ cdef class Scheduler:
         cdef Py_ssize_t scheduled = 0
         cdef Py_ssize_t following = 0
         cdef Py_ssize_t i
-        states = {"running": ("running",), "waiting": ("waiting", "preempted"), "draining": ("aborted",)}
+        states = {
+            "running": ("running",), "waiting": ("waiting", "preempted"), "draining": ("aborted", "finished"),
+        }
         lists = (("running", self._running), ("waiting", self._waiting), ("draining", self._draining))
         seen = set()
         for name, members in lists:
@@ -1018,7 +1178,11 @@ cdef class Scheduler:
             held = <Py_ssize_t> sequence.blocks.size()
             _require("S4", sequence.num_computed < known, sequence, "has no next token to compute")
             limit = sequence.length_limit + (sequence.pooling != POOL_NONE)
-            _require("S4", known < limit, sequence, "is at its length limit")
+            _require("S4", known - sequence.pending < limit, sequence, "is at its length limit")
+            stands = sequence.tokens.back() < 0
+            _require("S14", sequence.pending == stands, sequence, "has a token that is not known")
+            assumed = self.assumed is not None and sequence in self.assumed.sequences
+            _require("S14", assumed or not stands, sequence, "waits for a token of no step")
             waits = not sequence.held or sequence.num_computed + sequence.num_scheduled < known
             _require("S12", waits, sequence, "is held, but its newest token is scheduled")
             least = self.pool.blocks_for(sequence.num_computed + sequence.num_scheduled)

@@ -46,6 +46,7 @@ cdef class Sequence:
     cdef readonly Py_ssize_t num_prompt
     cdef readonly Py_ssize_t num_computed  # tokens whose K and V are in the cache
     cdef readonly Py_ssize_t num_scheduled  # tokens in the step in flight; 0 when there is none
+    cdef readonly bint pending  # its newest token is that of row r of the step assumed, and stands as -1 - r
     cdef readonly Py_ssize_t num_preemptions
     cdef readonly list followers  # sequences with the same prompt that wait until this one has computed it
     cdef readonly Sequence leader  # whom it follows, or None

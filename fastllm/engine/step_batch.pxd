@@ -2,6 +2,7 @@
 """C-level interface of the step batch."""
 
 from libc.stdint cimport int32_t
+from libcpp.vector cimport vector
 
 from fastllm.engine.block_pool cimport BlockPool
 from fastllm.engine.sequence cimport Sequence
@@ -17,6 +18,13 @@ cdef class Column:
     cdef int _hold(self, storage) except -1
     cdef int reserve(self, Py_ssize_t count) except -1
     cdef object publish(self, Py_ssize_t count)
+
+
+cdef struct Share:  # of a sequence in a step
+    Py_ssize_t num_tokens
+    Py_ssize_t first_row
+    Py_ssize_t num_prompt_rows
+    Py_ssize_t num_new
 
 
 cdef class StepBatch:
@@ -38,6 +46,7 @@ cdef class StepBatch:
     cdef readonly Py_ssize_t num_draft_tokens  # of the decodes
     cdef readonly double context  # positions that attention reads, summed over the tokens
     cdef list sequences  # (S,)
+    cdef vector[Share] shares  # (S,) of those that `append` added
     cdef list copies  # (sequence, index in its block table) of each block that is a copy
 
     # The buffers behind the arrays.
@@ -55,6 +64,7 @@ cdef class StepBatch:
 
     cdef int begin(self) except -1
     cdef int append(self, Sequence sequence, Py_ssize_t count, BlockPool pool) except -1
+    cdef int recall(self, Py_ssize_t place) except -1
     cdef int append_guess(
         self, Sequence sequence, Py_ssize_t start, Py_ssize_t count, BlockPool pool
     ) except -1

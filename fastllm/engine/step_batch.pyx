@@ -111,6 +111,7 @@ cdef class StepBatch:
     cdef int begin(self) except -1:
         """Empty the batch. The first entries of query_start and the CSR starts stay 0 for good."""
         self.sequences.clear()
+        self.shares.clear()
         self.copies.clear()
         self.num_tokens = self.num_seqs = self.num_rows = self.num_prefill_tokens = self.num_hidden = 0
         self.num_draft_tokens = 0
@@ -162,7 +163,18 @@ cdef class StepBatch:
         if known > 1 or start < sequence.num_prompt:
             self.num_prefill_tokens += count
         self.num_draft_tokens += drafted
+        self.shares.push_back(
+            Share(count, sequence.first_row, sequence.num_prompt_rows, sequence.num_new)
+        )
         self._close_sequence(sequence, start, count)
+        return 0
+
+    cdef int recall(self, Py_ssize_t place) except -1:
+        """Tell the sequence at a place its rows in this step: a later one may have been made since."""
+        cdef Sequence sequence = <Sequence> self.sequences[place]
+        sequence.first_row = self.shares[place].first_row
+        sequence.num_prompt_rows = self.shares[place].num_prompt_rows
+        sequence.num_new = self.shares[place].num_new
         return 0
 
     cdef int append_guess(

@@ -36,7 +36,7 @@ class StepBatch(Protocol):
     """
 
     # What to compute.
-    token_ids: Int32Array  # (T,)
+    token_ids: Int32Array  # (T,) -1 - r: what row r of the step before yielded, see Pipelined
     positions: Int32Array  # (T,)
     slot_mapping: Int32Array  # (T,) block * block_size + offset
     query_start: Int32Array  # (S+1,)
@@ -125,6 +125,22 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give the memory back. Called once or more; nothing else is called after it."""
+        ...
+
+
+@runtime_checkable
+class Pipelined(Protocol):
+    """What an executor has besides if it computes while its caller goes on.
+
+    A step may then be submitted while the one before it is not collected; a third one supersedes the oldest.
+    Where a row yielded no token (-1) any id does for the one that goes on from it: nobody looks at what
+    follows. Steps are computed in the order of their submission, and whatever else it is asked for (adapters,
+    blocks) happens between the steps between which it was asked.
+    """
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that may be submitted beyond the one that is waited for: 0 or 1."""
         ...
 
 

@@ -7,6 +7,10 @@ captured once for each of a few sizes and replayed with padding; the others run 
     submit   fill buffers ─► transfer ─► graph or kernels ─► transfer back ─► event
     collect  wait for the event, make arrays of what came
 
+All of it is on one stream, so that steps are computed in the order of their submission. The next one may be
+submitted before this one is collected: tokens that it does not know it names by their row in this one, and
+finds them in `_sampled`.
+
 Without a GPU, and with Triton's interpreter, everything runs on the CPU, slowly: a graph is then the same
 function called again on the same buffers. That is for tests.
 """
@@ -127,7 +131,7 @@ class _Pending(NamedTuple):
 
 class GpuExecutor:
     """Runs one model on one GPU, or a rank's share of it. Implements `Executor`, `AdapterHost`, `BlockStore`,
-    `PhaseTimer` and `Sleeper` of `fastllm.executor.base`.
+    `Pipelined`, `PhaseTimer` and `Sleeper` of `fastllm.executor.base`.
 
     Args:
         checkpoint: what the weights are read from; it may be closed afterwards.
@@ -354,6 +358,11 @@ class GpuExecutor:
         return 1
 
     @property
+    def steps_ahead(self) -> int:
+        """Steps that may be submitted beyond the one that is waited for."""
+        return 1
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights on this GPU."""
         return self._model.weights.nbytes
@@ -367,10 +376,8 @@ class GpuExecutor:
     def submit(self, batch: StepBatch) -> int:
         """Begins a step; does not wait for it."""
         self._tickets += 1
-        for step in self._pending.values():  # superseded; it may still read what is filled anew
-            if step.event is not None:
-                step.event.synchronize()
-        self._pending.clear()
+        while len(self._pending) > self.steps_ahead:  # superseded: those that were submitted were interrupted
+            del self._pending[min(self._pending)]
         self._pending[self._tickets] = self._run(batch)
         return self._tickets
 

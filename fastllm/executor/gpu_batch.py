@@ -1,5 +1,7 @@
 """A StepBatch on its way to the GPU: one block of pinned memory, one transfer.
 
+There are two such blocks, which take turns: while a step waits for its transfer, the next is filled.
+
     rows      R    parameters of sampling, CSR starts, the token of each row
     tokens    T    ids, positions, slots, adapters
     items          attention's work, for every sliding window
@@ -77,9 +79,11 @@ class StepBuffers:
             self._place(f"many{window}", FIELDS * own.many)
             self._place(f"counts{window}", 2)
         self._place("tables", entries)
-        self._host = _pinned(self._end, device)
-        self._array: Int32 = self._host.numpy()
-        self._here = self._host.to(device) if device.type == "cuda" else self._host.clone()
+        self._hosts = [_pinned(self._end, device) for _ in range(2)]
+        self._sent: list[torch.cuda.Event | None] = [None, None]  # when a block has been read
+        self._turn = 0
+        self._array: Int32 = self._hosts[0].numpy()
+        self._here = torch.zeros(self._end, dtype=torch.int32, device=device)
         self._lists = {name: _empty_list(name, 0, device) for name in _LISTS}
         largest = Capacity(*(max(counts) for counts in zip(*room.values(), strict=True)))
         self._scratch = Scratch.allocate(largest, kv_heads, head_dim, device)
@@ -113,6 +117,11 @@ class StepBuffers:
             Whether all buffers are where they were.
         """
         t, r = len(batch.token_ids), len(batch.row_seq)
+        self._turn = 1 - self._turn
+        host, sent = self._hosts[self._turn], self._sent[self._turn]
+        if sent is not None:
+            sent.synchronize()
+        self._array = host.numpy()
         for name in _ROWS:
             values = getattr(batch, name)
             self._view(name, r)[:] = values.view(np.int32) if name in _FLOATS else values
@@ -145,7 +154,10 @@ class StepBuffers:
         tables = batch.block_tables
         self._view("tables", tables.size)[:] = tables.reshape(-1)
         used = self._places["tables"] + tables.size
-        self._here[:used].copy_(self._host[:used], non_blocking=True)
+        self._here[:used].copy_(host[:used], non_blocking=True)
+        if self._device.type == "cuda":
+            self._sent[self._turn] = event = sent or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
         kept = [self._fill_list(name, getattr(batch, name)) for name in _LISTS]
         return all(kept)
 

@@ -47,7 +47,8 @@ _HEADER = struct.Struct("<I")
 
 
 class TensorParallelExecutor:
-    """Implements `Executor`, `AdapterHost` and `Sleeper` of `fastllm.executor.base` over several GPUs.
+    """Implements `Executor`, `AdapterHost`, `Pipelined` and `Sleeper` of `fastllm.executor.base` over several
+    GPUs.
 
     Args:
         checkpoint, spec: as `GpuExecutor`.
@@ -132,6 +133,11 @@ class TensorParallelExecutor:
     def threads(self) -> int:
         """Threads that a step uses in each process."""
         return self._own.threads
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that may be submitted beyond the one that is waited for."""
+        return self._own.steps_ahead
 
     @property
     def _size(self) -> int:
@@ -330,7 +336,7 @@ def work(pipe: IO[bytes]) -> None:
         if call == "close":
             break
         if call == "step":
-            own.collect(own.submit(_batch(arrays)))
+            own.submit(_batch(arrays))  # what it yields is known where it is asked for
         elif call == "run":
             own.run(_batch(arrays), **arguments)
         elif call == "load_adapter":
