@@ -384,19 +384,22 @@ def time_default_model(bench: Bench) -> None:
 
 
 def _time_engine(bench: Bench, llm: Any, count: int) -> None:
-    """A step of the engine, and what of it is not the executor's: the time between two steps."""
+    """A step of the engine, and how long the GPU has nothing to do between two: with steps submitted ahead,
+    as they are, and one after the other, as in a profile."""
     from fastllm import SamplingParams
 
     params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": [5 + i, 6, 7, 8]} for i in range(count)]
     llm.generate(prompts, params, use_tqdm=False)
+    ahead = llm.generate(prompts, params, use_tqdm=False)[0].metrics.mean_inter_token_latency or 0.0
     with llm.profile() as profile:
         llm.generate(prompts, params, use_tqdm=False)
     times = profile.decode
-    own = times.seconds - times.parts["gpu"]
+    gpu, alone = times.parts["gpu"] / times.steps, times.seconds / times.steps
     bench.note(
-        "engine", batch=count, step_microseconds=round(times.seconds / times.steps * 1e6, 1),
-        between_microseconds=round(own / times.steps * 1e6, 1),
+        "engine", batch=count, step_microseconds=round(ahead * 1e6, 1), gpu_microseconds=round(gpu * 1e6, 1),
+        between_microseconds=round((ahead - gpu) * 1e6, 1),
+        between_one_by_one_microseconds=round((alone - gpu) * 1e6, 1),
     )  # fmt: skip
 
 

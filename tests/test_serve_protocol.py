@@ -397,3 +397,44 @@ def test_description(client: httpx.Client) -> None:
                 check(item)
 
     check(found)
+
+
+# Reasoning
+
+
+@pytest.fixture(scope="module")
+def thinker(path: Path) -> Iterator[httpx.Client]:
+    """A server that takes what stands between <think> and </think> for reasoning."""
+    with Running(path, reasoning_parser="think") as running, running.client() as found:
+        yield found
+
+
+@pytest.mark.parametrize("thought", ["<think>[a-z ]{9}</think>", "<think>[a-z ]{30}", ""])
+def test_tokens_of_reasoning_are_counted(thinker: httpx.Client, llm: LLM, thought: str) -> None:
+    """With its markers; all of them where it has no end. A stream counts the same."""
+    body = {
+        "model": "tiny",
+        "messages": MESSAGES,
+        "max_tokens": 60 if thought.endswith("</think>") or not thought else 12,
+        "structured_outputs": {"regex": thought + "[xyz ]{6}"},
+        "seed": 3,
+    }
+    found = post(thinker, "/v1/chat/completions", **body)
+    *_, last = stream(thinker, "/v1/chat/completions", **body, stream_options={"include_usage": True})
+    assert last["usage"] == found["usage"]
+    counted = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    answer = post(thinker, "/v1/responses", input="where the river ran", max_output_tokens=12, model="tiny")
+    assert answer["usage"]["output_tokens_details"] == {"reasoning_tokens": 0}
+    message = found["choices"][0]["message"]
+    generated = found["usage"]["completion_tokens"]
+    if not thought:
+        assert (counted, message.get("reasoning_content")) == (0, None)
+    elif thought.endswith("</think>"):
+        assert message["reasoning_content"]
+        assert 0 < counted < generated
+        # The end of the reasoning may be in one token with the first letter of what follows.
+        rest = len(llm.tokenizer.encode(message["content"], add_special_tokens=False))
+        assert abs(generated - counted - rest) <= 2
+    else:
+        assert counted == generated == 12
+        assert not message["content"]

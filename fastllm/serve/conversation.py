@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastllm.errors import RequestError
+from fastllm.formats.detokenizer import IncrementalDetokenizer
 from fastllm.formats.tokenizer import Tokenizer
 from fastllm.outputs import CompletionOutput
 from fastllm.prompts import render_chat
@@ -152,7 +153,10 @@ class Answer:
                     parser = parsers.get(item.index)
                     if parser is None:
                         parser = parsers[item.index] = self._plan.parser(stream_arguments=True)
+                    before = parser.num_reasoning_tokens
                     events = parser.feed(item.text)
+                    parser.count(len(item.token_ids))
+                    self.generation.usage.reasoning += parser.num_reasoning_tokens - before
                     ended = item.finish_reason is not None or (alone and parser.done)
                     reason = None
                     if ended:
@@ -179,7 +183,21 @@ class Answer:
             elif isinstance(event, ArgumentsDelta):
                 choice.calls[event.index].arguments += event.text
         choice.finish_reason = _reason(item, finished)
+        if choice.reasoning:
+            self.generation.usage.reasoning += self._reasoning_tokens(item)
         return choice
+
+    def _reasoning_tokens(self, item: CompletionOutput) -> int:
+        """The answer once more, token by token, up to the end of its reasoning."""
+        parser = self._plan.parser()
+        skip = self._conversation.params.skip_special_tokens and self._plan.skip_special_tokens
+        text = IncrementalDetokenizer(self.generation.served.llm.tokenizer, skip_special_tokens=skip)
+        for token in item.token_ids:
+            if not parser.counts:
+                break
+            parser.feed(text.push([token]))
+            parser.count(1)
+        return parser.num_reasoning_tokens
 
     def _render(self, tokenizer: Tokenizer) -> list[int]:
         ids, self._plan = prompt_of(self._state, self.generation.served, self._conversation, tokenizer)

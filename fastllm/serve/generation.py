@@ -67,6 +67,7 @@ class Usage:
     prompt: int = 0
     cached: int = 0
     generated: int = 0
+    reasoning: int = 0  # of the generated ones
 
     def body(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
@@ -75,6 +76,7 @@ class Usage:
             "completion_tokens": self.generated,
             "total_tokens": self.prompt + self.generated,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
         }
 
 

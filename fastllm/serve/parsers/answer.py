@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastllm.serve.parsers.events import Content, Event, Finished, merge_events
-from fastllm.serve.parsers.reasoning import ReasoningParser, SpecialTokenFilter
+from fastllm.serve.parsers.reasoning import ReasoningParser, SpecialTokenFilter, Thought
 from fastllm.serve.parsers.tool_parser import ToolParser
 
 
@@ -19,6 +19,7 @@ class AnswerParser:
 
     Attributes:
         done: nothing that follows matters; the answer may be ended.
+        num_reasoning_tokens: tokens of the reasoning and its markers, as far as `count` was told of them.
     """
 
     def __init__(
@@ -30,6 +31,25 @@ class AnswerParser:
         self._tools = tools
         self._reasoning = reasoning
         self._special_tokens = special_tokens
+        self.num_reasoning_tokens = 0
+        self._undecided = 0  # tokens before it is known whether they are reasoning
+        self._counts = reasoning is not None
+
+    def count(self, tokens: int) -> None:
+        """Say that what was fed last is the text of so many tokens."""
+        if not self._counts or self._reasoning is None:
+            return
+        self._undecided += tokens
+        if self._reasoning.thought is not Thought.COMES:
+            if self._reasoning.reasoned:
+                self.num_reasoning_tokens += self._undecided
+            self._undecided = 0
+            self._counts = self._reasoning.thought is Thought.OPEN
+
+    @property
+    def counts(self) -> bool:
+        """Whether what comes may still be reasoning."""
+        return self._counts
 
     @property
     def done(self) -> bool:

@@ -90,9 +90,15 @@ class ReasoningParser:
     Args:
         name: of the format.
         opened: the prompt ends within the reasoning.
+
+    Attributes:
+        thought: where in the answer it is.
+        reasoned: whether there was reasoning, or there is.
     """
 
     def __init__(self, name: str, *, opened: bool = False) -> None:
+        self.thought = Thought.COMES
+        self.reasoned = False
         self._form = find_reasoning_format(name)
         self._opened = opened
         self._reader = Reader()
@@ -126,9 +132,11 @@ class ReasoningParser:
         yield from reader.spaces()
         if (yield from reader.literal(self._form.opening)) or self._opened:
             reader.recorded()
+            self.thought, self.reasoned = Thought.OPEN, True
             yield from self._reasoning()
         else:
             self._events.append(Content(reader.recorded()))
+        self.thought = Thought.OVER
         while True:
             if reader.available:
                 self._events.append(Content(reader.take(reader.available)))
@@ -145,6 +153,7 @@ class ReasoningParser:
             self._put(reader.take(count))
             if found >= 0:
                 reader.take(len(closing))
+                self.thought = Thought.OVER
                 yield from reader.spaces()
                 return
             if reader.final:
