@@ -31,9 +31,20 @@ if TYPE_CHECKING:
     from fastllm.serve.tracing import TracingHook
 
 Render = Callable[[Tokenizer], Sequence[int]]
-"""Makes the token ids of a prompt; called in a thread of its own."""
+"""Makes the token ids of a prompt; called in a thread of its own, unless it is `TokenIds`."""
 
 _renderers = ThreadPoolExecutor(2, thread_name_prefix="fastllm-render")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A `Render` of token ids: nothing that takes long."""
+
+    prompt: Prompt
+    place: str
+
+    def __call__(self, tokenizer: Tokenizer) -> Sequence[int]:
+        return tokenize(tokenizer, self.prompt, self.place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +227,10 @@ async def token_ids(
         most = min(most, state.config.limits.prompt_tokens)
     found = []
     for render in renders:
-        ids = await loop.run_in_executor(_renderers, render, tokenizer)
+        if isinstance(render, TokenIds):
+            ids = render(tokenizer)
+        else:
+            ids = await loop.run_in_executor(_renderers, render, tokenizer)
         if len(ids) > most:
             message = f"{place}: {len(ids)} tokens, at most {most} are allowed"
             raise HTTPError(400, message, param=place, code="context_length_exceeded")
@@ -264,5 +278,7 @@ async def _merged(
 
 def render_text(prompt: str | Sequence[int], place: str) -> Render:
     """A prompt of /v1/completions: text, which gets the BOS that the model wants, or token ids."""
-    parsed = Prompt(prompt) if isinstance(prompt, str) else Prompt(None, prompt)
+    if not isinstance(prompt, str):
+        return TokenIds(Prompt(None, prompt), place)
+    parsed = Prompt(prompt)
     return lambda tokenizer: tokenize(tokenizer, parsed, place)
