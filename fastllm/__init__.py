@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         ScoringOutput,
     )
     from fastllm.pooling_params import PoolingParams
-    from fastllm.sampling_params import RequestOutputKind, SamplingParams
+    from fastllm.sampling_params import RequestOutputKind, SamplingParams, ThinkingBudget
     from fastllm.structured_outputs import StructuredOutputsParams
 
     __version__: str
@@ -62,6 +62,7 @@ __all__ = [
     "SamplingParams",
     "ScoringOutput",
     "StructuredOutputsParams",
+    "ThinkingBudget",
     "UnsupportedModelError",
     "__version__",
     "errors",
@@ -86,7 +87,7 @@ _HOMES = {
     ),
     "PoolingParams": "fastllm.pooling_params",
     "StructuredOutputsParams": "fastllm.structured_outputs",
-    **dict.fromkeys(("RequestOutputKind", "SamplingParams"), "fastllm.sampling_params"),
+    **dict.fromkeys(("RequestOutputKind", "SamplingParams", "ThinkingBudget"), "fastllm.sampling_params"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fastllm.errors"),
 }
 

@@ -29,7 +29,47 @@ MAX_BAD_WORD_CHARACTERS = 1024  # of one bad word
 MAX_BIAS = 1e4  # absolute value; e**1e4 is far beyond any logit
 MAX_TEMPERATURE = 1e4
 GREEDY_TEMPERATURE = 1e-5  # anything below is greedy
+MAX_MARKER_CHARACTERS = 64
 _INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingBudget:
+    """How many tokens a model may think before it answers.
+
+    Attributes:
+        tokens: of the answer, after which reasoning that has not ended is ended; >= 1.
+        opening, closing: what reasoning stands between, 1..64 characters each. An answer that does not begin
+            with the opening marker, spaces aside, does not reason.
+        opened: whether the prompt ends within the reasoning.
+        end: the text that ends it, with the closing marker in it; None: that marker.
+
+    Raises:
+        RequestError: field "thinking_budget".
+    """
+
+    tokens: int
+    opening: str = "<think>"
+    closing: str = "</think>"
+    opened: bool = False
+    end: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _integer("thinking_budget", self.tokens, 1, _INT32_MAX))
+        if not isinstance(self.opened, bool):
+            raise RequestError("thinking_budget", self.opened, "opened: a bool")
+        for marker in (self.opening, self.closing, self.text):
+            if not isinstance(marker, str) or not 0 < len(marker) <= MAX_MARKER_CHARACTERS:
+                raise RequestError(
+                    "thinking_budget", marker, f"markers of 1..{MAX_MARKER_CHARACTERS} characters"
+                )
+        if self.closing not in self.text:
+            raise RequestError("thinking_budget", self.end, f"an end with {self.closing!r} in it")
+
+    @property
+    def text(self) -> str:
+        """The text that ends the reasoning."""
+        return self.closing if self.end is None else self.end
 
 
 class RequestOutputKind(enum.Enum):
@@ -76,6 +116,9 @@ class SamplingParams:
         bad_words: up to 256 texts of 1..1024 characters that the output does not contain. Each is tokenized
             as it is and after a space; the last token of either is banned where the ones before it have just
             been generated.
+        thinking_budget: tokens after which the reasoning of a model that thinks before it answers is ended,
+            by tokens that are put in the place of sampled ones. Where structured_outputs does not allow that
+            end, nothing is put in.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string (or the stop token's text) in the text.
         detokenize: produce text. Without it `text` is empty and `stop` is refused.
@@ -105,6 +148,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    thinking_budget: ThinkingBudget | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
@@ -198,11 +242,15 @@ class SamplingParams:
                 if not isinstance(word, str) or not 0 < len(word) <= MAX_BAD_WORD_CHARACTERS:
                     raise RequestError("bad_words", word, f"texts of 1..{MAX_BAD_WORD_CHARACTERS} characters")
             object.__setattr__(self, "bad_words", words)
+        budget = self.thinking_budget
+        if budget is not None and not isinstance(budget, ThinkingBudget):
+            raise RequestError("thinking_budget", budget, "a ThinkingBudget")
 
     @property
     def constrained(self) -> bool:
         """Whether there is something to prepare before the request is queued: see `Constraints`."""
-        return bool(self.structured_outputs or self.allowed_token_ids is not None or self.bad_words)
+        restricted = self.structured_outputs or self.allowed_token_ids is not None or self.bad_words
+        return bool(restricted) or self.thinking_budget is not None
 
     @property
     def greedy(self) -> bool:

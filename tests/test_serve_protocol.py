@@ -438,3 +438,39 @@ def test_tokens_of_reasoning_are_counted(thinker: httpx.Client, llm: LLM, though
     else:
         assert counted == generated == 12
         assert not message["content"]
+
+
+@pytest.fixture(scope="module")
+def deep(path: Path) -> Iterator[httpx.Client]:
+    """The prompt opens the reasoning, and the model, which knows no better, never ends it."""
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}<think>\n"
+    with (
+        Running(path, reasoning_parser="think", chat_template=template) as running,
+        running.client() as found,
+    ):
+        yield found
+
+
+def test_a_budget_ends_reasoning(deep: httpx.Client, llm: LLM) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 40, "seed": 3}
+    endless = post(deep, "/v1/chat/completions", **body)
+    assert endless["usage"]["completion_tokens_details"]["reasoning_tokens"] == 40
+    found = post(deep, "/v1/chat/completions", **body, thinking_token_budget=10)
+    end = len(llm.tokenizer.encode("\n</think>\n\n", add_special_tokens=False))
+    counted = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert 10 < counted <= 10 + end
+    message = found["choices"][0]["message"]
+    assert endless["choices"][0]["message"]["reasoning_content"].startswith(message["reasoning_content"])
+    assert message["content"]
+    *_, last = stream(
+        deep, "/v1/chat/completions", **body, thinking_token_budget=10, stream_options={"include_usage": True}
+    )
+    assert last["usage"] == found["usage"]
+
+
+def test_the_budget_of_a_message(deep: httpx.Client) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30, "temperature": 0}
+    found = post(deep, "/v1/messages", **body, thinking={"type": "enabled", "budget_tokens": 8})
+    assert [block["type"] for block in found["content"]] == ["thinking", "text"]
+    found = post(deep, "/v1/messages", 400, **body, thinking={"type": "enabled", "budget_tokens": 0})
+    assert "budget_tokens" in found["error"]["message"]

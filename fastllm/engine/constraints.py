@@ -1,7 +1,7 @@
 """What a request's parameters leave the sampler to choose from, worked out before the request is queued.
 
-`Constraints.prepare` turns `structured_outputs`, `allowed_token_ids` and `bad_words` into a `Constraint`.
-That takes a tokenizer and perhaps a compiler, so it is done on threads of its own, never the engine's.
+`Constraints.prepare` turns `structured_outputs`, `allowed_token_ids`, `bad_words` and `thinking_budget` into a
+`Constraint`. That takes a tokenizer and perhaps a compiler, so it is done on threads of its own, never the engine's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fastllm.engine.completion import Tokenizer
 from fastllm.engine.grammar import Grammar, GrammarCompiler, GrammarVocabulary, Mask, pack_mask
+from fastllm.engine.thinking import ThoughtLimit
 from fastllm.errors import EngineDeadError, RequestError
 from fastllm.sampling_params import SamplingParams
 from fastllm.structured_outputs import refusal
@@ -28,11 +29,13 @@ class Constraint:
         grammar: the form of the output, or None.
         mask: the only tokens that are ever allowed, or None for all.
         bad_words: token ids; the last of each must not follow the others.
+        thought: after how many tokens the reasoning is ended, or None.
     """
 
     grammar: Grammar | None
     mask: Mask | None
     bad_words: tuple[tuple[int, ...], ...]
+    thought: ThoughtLimit | None = None
 
 
 class Constraints:
@@ -57,7 +60,7 @@ class Constraints:
         """The constraint of these parameters, None if they have none. Waits until it is made.
 
         Raises:
-            RequestError: naming structured_outputs, allowed_token_ids or bad_words.
+            RequestError: naming structured_outputs, allowed_token_ids, bad_words or thinking_budget.
             EngineDeadError: the engine is closed.
         """
         return self.submit(params).result() if params.constrained else None
@@ -85,7 +88,10 @@ class Constraints:
             if not self._eos_token_ids:
                 raise refusal(params.structured_outputs, "None for a model without an end-of-sequence token")
             grammar = self.compiler.compile(params.structured_outputs.kind, params.structured_outputs.text)
-        return Constraint(grammar, mask, words)
+        thought = None
+        if params.thinking_budget is not None:
+            thought = ThoughtLimit(params.thinking_budget, self._tokenizer, self._vocab_size, mask)
+        return Constraint(grammar, mask, words, thought)
 
     def _bad_words(self, texts: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Each as it is written at the beginning of a text and after a space."""

@@ -372,9 +372,9 @@ class Engine:
 
     def _enqueue(self, request: Request | PoolingRequest, constraint: Constraint | None = None) -> None:
         with self._guard:
-            if constraint is not None and constraint.grammar is not None:
+            if constraint is not None and (constraint.grammar or constraint.thought):
                 for completion in request.completions:
-                    self._guides.add(completion.sequence, constraint.grammar)
+                    self._guides.add(completion.sequence, constraint)
             self._requests[request.request_id] = request
             if request.adapter is not None:
                 request.adapter.users += 1

@@ -117,14 +117,17 @@ cdef class Sequence:
 
         Args:
             mask: uint32 (ceil(V / 32),); token i is allowed if bit i % 32 of word i // 32 is 1. It is not
-                copied, and must not change.
+                copied, and must not change. None: anything.
             ends: nothing but the end is allowed: min_tokens counts as reached.
         """
-        if mask.shape[0] == 0:
+        if mask is not None and mask.shape[0] == 0:
             raise RequestError("mask", "no words", "one bit for each token of the vocabulary")
         self.mask = mask
-        self.mask_words = &mask[0]
-        self.mask_width = mask.shape[0]
+        self.mask_words = NULL
+        self.mask_width = 0
+        if mask is not None:
+            self.mask_words = &mask[0]
+            self.mask_width = mask.shape[0]
         self.held = False
         if ends:
             self.min_tokens = min(self.min_tokens, <Py_ssize_t> self.tokens.size() - self.num_prompt)

@@ -56,6 +56,7 @@ class Conversation:
         add_generation_prompt: whether the prompt ends with the opening of the answer.
         form: the field that asks for the answer's form, if one does.
         cache_salt, priority: as the request has them.
+        thinking_tokens: the budget for reasoning; None: none.
     """
 
     model: str | None
@@ -67,6 +68,7 @@ class Conversation:
     form: str = ""
     cache_salt: str | None = None
     priority: int = 0
+    thinking_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -221,6 +223,8 @@ class Answer:
             self.generation.form = "tools"  # where the schemas came from
         if not plan.skip_special_tokens:
             changes["skip_special_tokens"] = False
+        if self._conversation.thinking_tokens is not None:
+            changes["thinking_budget"] = plan.thinking_budget(self._conversation.thinking_tokens)
         return dataclasses.replace(params, **changes) if changes else params
 
 

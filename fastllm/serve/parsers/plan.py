@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastllm.errors import RequestError
+from fastllm.sampling_params import ThinkingBudget
 from fastllm.serve.parsers.answer import AnswerParser
 from fastllm.serve.parsers.lark import Lark
 from fastllm.serve.parsers.reasoning import (
@@ -101,6 +102,16 @@ class AnswerPlan:
     _choice: ToolChoice = field(repr=False)
     _formats: Formats = field(repr=False)
     _thought: Thought = field(repr=False)
+
+    def thinking_budget(self, tokens: int) -> ThinkingBudget | None:
+        """For the sampling parameters, where the answer may reason."""
+        if self._formats.reasoning is None or self.lead or self._thought is Thought.OVER:
+            return None
+        form = find_reasoning_format(self._formats.reasoning)
+        opened = self._thought is Thought.OPEN
+        return ThinkingBudget(
+            tokens=tokens, opening=form.opening, closing=form.closing, opened=opened, end=form.end
+        )
 
     def parser(
         self, *, stream_arguments: bool = False, new_id: Callable[[], str] | None = None

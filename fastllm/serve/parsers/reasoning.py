@@ -24,11 +24,12 @@ from fastllm.serve.parsers.reader import SPACES, Reader, Wait
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """A pair of markers."""
+    """A pair of markers, and the text that ends reasoning in the middle."""
 
     name: str
     opening: str
     closing: str
+    end: str
 
     @property
     def markers(self) -> tuple[str, str]:
@@ -38,8 +39,8 @@ class ReasoningFormat:
 REASONING_FORMATS = {
     form.name: form
     for form in (
-        ReasoningFormat("think", "<think>", "</think>"),
-        ReasoningFormat("mistral_think", "[THINK]", "[/THINK]"),
+        ReasoningFormat("think", "<think>", "</think>", "\n</think>\n\n"),
+        ReasoningFormat("mistral_think", "[THINK]", "[/THINK]", "[/THINK]"),
     )
 }
 

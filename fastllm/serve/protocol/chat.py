@@ -27,3 +27,4 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: int | None = Field(None, ge=1, le=2**31 - 1)

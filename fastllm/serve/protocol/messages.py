@@ -19,7 +19,7 @@ from fastllm.serve.protocol.chat import MESSAGES
 
 class Thinking(Body):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     display: Any = None
 
 
@@ -74,6 +74,7 @@ def conversation_of(body: MessagesRequest) -> Conversation:
         params=params,
         choice=choice_of(body),
         template_kwargs=kwargs_of(body),
+        thinking_tokens=None if body.thinking is None else body.thinking.budget_tokens,
     )
 
 

@@ -176,6 +176,7 @@ def conversation_of(body: ChatRequest) -> Conversation:
         form=field,
         cache_salt=body.cache_salt,
         priority=body.priority or 0,
+        thinking_tokens=body.thinking_token_budget,
     )
 
 
