@@ -86,8 +86,8 @@ async def engine_side(model: str) -> None:
 
 
 async def measure(what: str, seed: int, single: Any, client: Any) -> Any:
-    """Of "requests": seconds of each of some; of "clients": seconds of all together, and how many of a processor
-    this process took meanwhile."""
+    """Of "requests": seconds of each of some; of "clients": seconds of all together, and how many of a
+    processor this process took meanwhile."""
     if what == "requests":
         return [await single(ids) for ids in prompts(REQUESTS // TURNS, 8, seed)]
     work = prompts(CLIENTS * EACH, PROMPT, seed)
@@ -287,7 +287,8 @@ def table(record: dict[str, Any]) -> str:
         f"{CLIENTS} clients, {PROMPT} tokens in, {TOKENS} out, streamed, the clients on the same processors. "
         "Medians with their 95 % intervals.",
         "",
-        "| | ms a request, p50 | p99 | over the engine, ms | tokens/s | of the engine | without the clients' time |",
+        "| | ms a request, p50 | p99 | over the engine, ms | tokens/s | of the engine "
+        "| without the clients' time |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for side in SIDES:

@@ -5,10 +5,10 @@
 
 Each side is started anew for its turn, warmed up, and given the same requests by `python -m fastllm.bench`:
 C clients, each with one request under way, prompts of 32 to 256 tokens, answers of 32 to 128, streamed. Only
-one server runs at a time. llama-server runs with as many slots as there are clients, continuous batching, a KV
-cache that is split among them and flash attention, the setting that was best of those tried (`--settings` tries
-them). Its prompt cache is on, as ours is; no prompt is asked twice. Goals: twice its throughput at least, with
-lower p50 and p99 of the time to the first token.
+one server runs at a time. llama-server runs with as many slots as there are clients, continuous batching, a
+KV cache that is split among them and flash attention, the setting that was best of those tried (`--settings`
+tries them). Its prompt cache is on, as ours is; no prompt is asked twice. Goals: twice its throughput at
+least, with lower p50 and p99 of the time to the first token.
 
 Writes OUT.json (the figures of every round) and OUT.md. Run it on a machine that does nothing else.
 """

@@ -421,7 +421,8 @@ def test_tokens_of_reasoning_are_counted(thinker: httpx.Client, llm: LLM, though
     }
     found = post(thinker, "/v1/chat/completions", **body)
     *_, last = stream(thinker, "/v1/chat/completions", **body, stream_options={"include_usage": True})
-    assert last["usage"] == found["usage"]
+    for name in ("completion_tokens", "completion_tokens_details"):
+        assert last["usage"][name] == found["usage"][name]
     counted = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
     answer = post(thinker, "/v1/responses", input="where the river ran", max_output_tokens=12, model="tiny")
     assert answer["usage"]["output_tokens_details"] == {"reasoning_tokens": 0}
@@ -433,7 +434,7 @@ def test_tokens_of_reasoning_are_counted(thinker: httpx.Client, llm: LLM, though
         assert message["reasoning_content"]
         assert 0 < counted < generated
         # The end of the reasoning may be in one token with the first letter of what follows.
-        rest = len(llm.tokenizer.encode(message["content"], add_special_tokens=False))
+        rest = len(llm.get_tokenizer().encode(message["content"], add_special_tokens=False))
         assert abs(generated - counted - rest) <= 2
     else:
         assert counted == generated == 12
@@ -443,7 +444,10 @@ def test_tokens_of_reasoning_are_counted(thinker: httpx.Client, llm: LLM, though
 @pytest.fixture(scope="module")
 def deep(path: Path) -> Iterator[httpx.Client]:
     """The prompt opens the reasoning, and the model, which knows no better, never ends it."""
-    template = "{% for message in messages %}{{ message.content }}{% endfor %}<think>\n"
+    template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+        "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    )
     with (
         Running(path, reasoning_parser="think", chat_template=template) as running,
         running.client() as found,
@@ -456,7 +460,7 @@ def test_a_budget_ends_reasoning(deep: httpx.Client, llm: LLM) -> None:
     endless = post(deep, "/v1/chat/completions", **body)
     assert endless["usage"]["completion_tokens_details"]["reasoning_tokens"] == 40
     found = post(deep, "/v1/chat/completions", **body, thinking_token_budget=10)
-    end = len(llm.tokenizer.encode("\n</think>\n\n", add_special_tokens=False))
+    end = len(llm.get_tokenizer().encode("\n</think>\n\n", add_special_tokens=False))
     counted = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
     assert 10 < counted <= 10 + end
     message = found["choices"][0]["message"]
@@ -465,7 +469,16 @@ def test_a_budget_ends_reasoning(deep: httpx.Client, llm: LLM) -> None:
     *_, last = stream(
         deep, "/v1/chat/completions", **body, thinking_token_budget=10, stream_options={"include_usage": True}
     )
-    assert last["usage"] == found["usage"]
+    for name in ("completion_tokens", "completion_tokens_details"):
+        assert last["usage"][name] == found["usage"][name]
+
+
+def test_thinking_of_a_template_that_cannot_be_told(client: httpx.Client) -> None:
+    """It may be asked to go on as it does, and not to change."""
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 5}
+    post(client, "/v1/messages", **body, thinking={"type": "enabled", "budget_tokens": 1024})
+    found = post(client, "/v1/messages", 400, **body, thinking={"type": "disabled"})
+    assert "enable_thinking" in found["error"]["message"]
 
 
 def test_the_budget_of_a_message(deep: httpx.Client) -> None:

@@ -1,7 +1,8 @@
 """What a request's parameters leave the sampler to choose from, worked out before the request is queued.
 
-`Constraints.prepare` turns `structured_outputs`, `allowed_token_ids`, `bad_words` and `thinking_budget` into a
-`Constraint`. That takes a tokenizer and perhaps a compiler, so it is done on threads of its own, never the engine's.
+`Constraints.prepare` turns `structured_outputs`, `allowed_token_ids`, `bad_words` and `thinking_budget` into
+a `Constraint`. That takes a tokenizer and perhaps a compiler, so it is done on threads of its own, never the
+engine's.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ class Conversation:
         messages: in OpenAI's form.
         params: for the answer; what tool calls need is added.
         choice: tools that may be called.
-        template_kwargs: further values for the chat template.
+        template_kwargs: further values for the chat template, which must read them.
+        template_hints: the same where it does not matter whether it does.
         add_generation_prompt: whether the prompt ends with the opening of the answer.
         form: the field that asks for the answer's form, if one does.
         cache_salt, priority: as the request has them.
@@ -64,6 +65,7 @@ class Conversation:
     params: SamplingParams
     choice: ToolChoice = field(default_factory=ToolChoice)
     template_kwargs: Mapping[str, Any] | None = None
+    template_hints: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     form: str = ""
     cache_salt: str | None = None
@@ -148,6 +150,7 @@ class Answer:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """What is new, as it comes; for parameters whose outputs are deltas."""
         parsers: dict[int, AnswerParser] = {}
+        counters: dict[int, _ReasoningCounter] = {}
         alone = self._conversation.params.n == 1
         async with contextlib.aclosing(self.generation.outputs()) as outputs:
             async for _, output in outputs:
@@ -155,10 +158,9 @@ class Answer:
                     parser = parsers.get(item.index)
                     if parser is None:
                         parser = parsers[item.index] = self._plan.parser(stream_arguments=True)
-                    before = parser.num_reasoning_tokens
+                        counters[item.index] = self._counter()
                     events = parser.feed(item.text)
-                    parser.count(len(item.token_ids))
-                    self.generation.usage.reasoning += parser.num_reasoning_tokens - before
+                    self.generation.usage.reasoning += counters[item.index].read(item.token_ids)
                     ended = item.finish_reason is not None or (alone and parser.done)
                     reason = None
                     if ended:
@@ -186,20 +188,15 @@ class Answer:
                 choice.calls[event.index].arguments += event.text
         choice.finish_reason = _reason(item, finished)
         if choice.reasoning:
-            self.generation.usage.reasoning += self._reasoning_tokens(item)
+            self.generation.usage.reasoning += self._counter().read(item.token_ids)
         return choice
 
-    def _reasoning_tokens(self, item: CompletionOutput) -> int:
-        """The answer once more, token by token, up to the end of its reasoning."""
-        parser = self._plan.parser()
+    def _counter(self) -> _ReasoningCounter:
         skip = self._conversation.params.skip_special_tokens and self._plan.skip_special_tokens
-        text = IncrementalDetokenizer(self.generation.served.llm.tokenizer, skip_special_tokens=skip)
-        for token in item.token_ids:
-            if not parser.counts:
-                break
-            parser.feed(text.push([token]))
-            parser.count(1)
-        return parser.num_reasoning_tokens
+        return _ReasoningCounter(
+            self._plan.parser(),
+            IncrementalDetokenizer(self.generation.served.llm.tokenizer, skip_special_tokens=skip),
+        )
 
     def _render(self, tokenizer: Tokenizer) -> list[int]:
         ids, self._plan = prompt_of(self._state, self.generation.served, self._conversation, tokenizer)
@@ -228,6 +225,25 @@ class Answer:
         return dataclasses.replace(params, **changes) if changes else params
 
 
+class _ReasoningCounter:
+    """Reads an answer once more, token by token, up to the end of its reasoning: what comes in one piece may
+    be several tokens."""
+
+    def __init__(self, parser: AnswerParser, text: IncrementalDetokenizer) -> None:
+        self._parser = parser
+        self._text = text
+
+    def read(self, token_ids: Sequence[int]) -> int:
+        """How many tokens of reasoning there are more than before."""
+        parser, before = self._parser, self._parser.num_reasoning_tokens
+        for token in token_ids:
+            if not parser.counts:
+                break
+            parser.feed(self._text.push([token]))
+            parser.count(1)
+        return parser.num_reasoning_tokens - before
+
+
 def prompt_of(
     state: ServerState, served: Served, wanted: Conversation, tokenizer: Tokenizer
 ) -> tuple[list[int], AnswerPlan]:
@@ -239,12 +255,13 @@ def prompt_of(
     chat = served.chat
     offered = bool(wanted.choice.offered)
     template = chat.tool_template if offered else chat.template
+    hints = {name: value for name, value in wanted.template_hints.items() if name in (template or "")}
     ids = render_chat(
         tokenizer,
         normalize_messages(wanted.messages, template or ""),
         add_generation_prompt=wanted.add_generation_prompt,
         chat_template=state.config.chat_template,
-        chat_template_kwargs=wanted.template_kwargs,
+        chat_template_kwargs={**hints, **(wanted.template_kwargs or {})} or None,
         tools=wanted.choice.for_template(),
     )
     end = tokenizer.decode(ids[-END_TOKENS:], skip_special_tokens=False)

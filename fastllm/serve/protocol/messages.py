@@ -73,16 +73,19 @@ def conversation_of(body: MessagesRequest) -> Conversation:
         messages=messages_of(body),
         params=params,
         choice=choice_of(body),
-        template_kwargs=kwargs_of(body),
+        **thinking_of(body),
         thinking_tokens=None if body.thinking is None else body.thinking.budget_tokens,
     )
 
 
-def kwargs_of(body: CountRequest) -> dict[str, Any]:
-    """What `thinking` says to templates that can be told."""
-    if body.thinking is None or body.thinking.type == "adaptive":
-        return {}
-    return {"enable_thinking": body.thinking.type == "enabled"}
+def thinking_of(body: CountRequest) -> dict[str, Any]:
+    """What `thinking` says to a template: one that cannot be told reasons as it always does, which is what
+    "enabled" asks for and "disabled" does not."""
+    kind = None if body.thinking is None else body.thinking.type
+    return {
+        "template_kwargs": {"enable_thinking": False} if kind == "disabled" else {},
+        "template_hints": {"enable_thinking": True} if kind == "enabled" else {},
+    }
 
 
 def choice_of(body: CountRequest) -> ToolChoice:

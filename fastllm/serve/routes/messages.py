@@ -22,8 +22,8 @@ from fastllm.serve.protocol.messages import (
     MessagesRequest,
     choice_of,
     conversation_of,
-    kwargs_of,
     messages_of,
+    thinking_of,
 )
 from fastllm.serve.routes.common import RESPONSES, begin, takes
 from fastllm.serve.state import ServerState
@@ -52,7 +52,7 @@ async def count_tokens(request: Request) -> Response:
         messages=messages_of(body),
         params=SamplingParams(),
         choice=choice_of(body),
-        template_kwargs=kwargs_of(body),
+        **thinking_of(body),
     )
 
     async def work() -> dict[str, Any]:
