@@ -203,7 +203,7 @@ class Targets:
         body = BODIES[route]
         for _ in range(pick.choice((1, 1, 2, 3))):
             body = damaged_json(body, pick)
-        text = json.dumps(body)
+        text = json_text(body)
         if pick.random() < 0.1:
             text = damaged_text(text, (text,), pick)
         content = text.encode("utf-8", "surrogatepass")
@@ -218,6 +218,34 @@ class Targets:
         self._http.close()
         self._server.stop()
         self._llm.close()
+
+
+class _Written(str):
+    """Text that stands as it is, between values that are still to be written."""
+
+
+def json_text(value: Any) -> str:
+    """JSON of any depth, which json.dumps does not write."""
+    parts: list[str] = []
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, _Written):
+            parts.append(item)
+            continue
+        if isinstance(item, dict):
+            pairs = [[_Written(f"{json.dumps(str(key))}: "), inner] for key, inner in item.items()]
+            begin, end = "{", "}"
+        elif isinstance(item, list):
+            pairs, (begin, end) = [[inner] for inner in item], "[]"
+        else:
+            parts.append(json.dumps(item))
+            continue
+        todo: list[Any] = [_Written(begin)]
+        for place, pair in enumerate(pairs):
+            todo += [_Written(", "), *pair] if place else pair
+        stack += reversed([*todo, _Written(end)])
+    return "".join(parts)
 
 
 def inputs(names: list[str], seed: int, seconds: float) -> Iterator[tuple[str, int]]:
