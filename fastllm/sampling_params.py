@@ -38,26 +38,33 @@ class ThinkingBudget:
     """How many tokens a model may think before it answers.
 
     Attributes:
-        tokens: of the answer, after which reasoning that has not ended is ended; >= 1.
+        tokens: of the answer, after which reasoning that has not ended is ended; >= 1. None: never.
         opening, closing: what reasoning stands between, 1..64 characters each. An answer that does not begin
             with the opening marker, spaces aside, does not reason.
         opened: whether the prompt ends within the reasoning.
         end: the text that ends it, with the closing marker in it; None: that marker.
+        before_form: `structured_outputs` is the form of what follows the reasoning, which the prompt has
+            opened; else of the whole output.
 
     Raises:
         RequestError: field "thinking_budget".
     """
 
-    tokens: int
+    tokens: int | None = None
     opening: str = "<think>"
     closing: str = "</think>"
     opened: bool = False
     end: str | None = None
+    before_form: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _integer("thinking_budget", self.tokens, 1, _INT32_MAX))
-        if not isinstance(self.opened, bool):
-            raise RequestError("thinking_budget", self.opened, "opened: a bool")
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", _integer("thinking_budget", self.tokens, 1, _INT32_MAX))
+        for name in ("opened", "before_form"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError("thinking_budget", getattr(self, name), f"{name}: a bool")
+        if self.before_form and not self.opened:
+            raise RequestError("thinking_budget", "before_form", "opened with it")
         for marker in (self.opening, self.closing, self.text):
             if not isinstance(marker, str) or not 0 < len(marker) <= MAX_MARKER_CHARACTERS:
                 raise RequestError(
@@ -118,7 +125,7 @@ class SamplingParams:
             been generated.
         thinking_budget: tokens after which the reasoning of a model that thinks before it answers is ended,
             by tokens that are put in the place of sampled ones. Where structured_outputs does not allow that
-            end, nothing is put in.
+            end, nothing is put in; unless it is the form of what follows (`ThinkingBudget.before_form`).
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string (or the stop token's text) in the text.
         detokenize: produce text. Without it `text` is empty and `stop` is refused.

@@ -131,6 +131,8 @@ def test_keys_are_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         "a sha256:00",
         "a short",
         "a " + "k" * 20 + "\na " + "j" * 20,
+        "",  # nobody could come in, or everybody
+        "# alice\n\n",
     ],
 )
 def test_key_files_that_are_wrong(tmp_path: Path, text: str) -> None:

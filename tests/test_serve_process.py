@@ -140,6 +140,9 @@ def test_what_keeps_it_from_starting(model: Path, tmp_path: Path) -> None:
     assert "--max-model-len" in failure("--model", str(model), "--max-model-len", "x")
     assert "rate" in failure("--model", str(model), "--rate-limit", "often")
     assert "NAME=PATH" in failure("--model", str(model), "--lora", "x")
+    bad = tmp_path / "bad.jinja"
+    bad.write_text("{% for %}")
+    assert "chat_template" in failure("--model", str(model), "--chat-template", str(bad))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

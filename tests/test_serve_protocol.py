@@ -473,12 +473,13 @@ def test_a_budget_ends_reasoning(deep: httpx.Client, llm: LLM) -> None:
         assert last["usage"][name] == found["usage"][name]
 
 
-def test_thinking_of_a_template_that_cannot_be_told(client: httpx.Client) -> None:
-    """It may be asked to go on as it does, and not to change."""
+def test_thinking_of_a_template_that_cannot_be_told(client: httpx.Client, thinker: httpx.Client) -> None:
+    """It may be asked to go on as it does, and, if it reasons, not to change."""
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 5}
     post(client, "/v1/messages", **body, thinking={"type": "enabled", "budget_tokens": 1024})
-    found = post(client, "/v1/messages", 400, **body, thinking={"type": "disabled"})
-    assert "enable_thinking" in found["error"]["message"]
+    post(client, "/v1/messages", **body, thinking={"type": "disabled"})
+    found = post(thinker, "/v1/messages", 400, **body, thinking={"type": "disabled"})
+    assert found["error"]["message"].startswith("thinking")
 
 
 def test_the_budget_of_a_message(deep: httpx.Client) -> None:
@@ -487,3 +488,57 @@ def test_the_budget_of_a_message(deep: httpx.Client) -> None:
     assert [block["type"] for block in found["content"]] == ["thinking", "text"]
     found = post(deep, "/v1/messages", 400, **body, thinking={"type": "enabled", "budget_tokens": 0})
     assert "budget_tokens" in found["error"]["message"]
+
+
+@pytest.mark.parametrize("more", [{"thinking_token_budget": 5}, {"thinking_token_budget": 5, "n": 2}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_form_is_that_of_the_answer_and_not_of_the_reasoning(
+    deep: httpx.Client, more: dict[str, Any], streamed: bool
+) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 60, "seed": 3, **more}
+    body["structured_outputs"] = {"choice": ["red", "green"]}
+    if streamed:
+        texts = dict.fromkeys(range(more.get("n", 1)), "")
+        for event in stream(deep, "/v1/chat/completions", **body):
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content") or ""
+        contents = list(texts.values())
+    else:
+        found = post(deep, "/v1/chat/completions", **body)
+        contents = [choice["message"]["content"] for choice in found["choices"]]
+        assert all(choice["message"]["reasoning_content"] for choice in found["choices"])
+    assert set(contents) <= {"red", "green"}
+
+
+def test_fields_that_a_template_cannot_obey_are_named(client: httpx.Client, deep: httpx.Client) -> None:
+    chat = {"model": "tiny", "messages": MESSAGES, "max_tokens": 3}
+    found = post(client, "/v1/chat/completions", 400, **chat, reasoning_effort="low")
+    assert found["error"]["param"] == "reasoning_effort"
+    found = post(client, "/v1/responses", 400, model="tiny", input="a", reasoning={"effort": "low"})
+    assert found["error"]["param"] == "reasoning.effort"
+    found = post(deep, "/v1/messages", 400, **chat, thinking={"type": "enabled", "display": "omitted"})
+    assert "display" in found["error"]["message"]
+    prefilled = {**chat, "messages": [*MESSAGES, {"role": "assistant", "content": "The"}]}
+    found = post(client, "/v1/messages", 400, **prefilled)
+    assert "messages" in found["error"]["message"]
+
+
+def test_a_response_that_is_cut_off_in_its_reasoning(deep: httpx.Client) -> None:
+    """The same items in a stream and at once; they can be sent back."""
+    body = {"model": "tiny", "input": "where the river ran", "max_output_tokens": 4, "temperature": 0}
+    found = post(deep, "/v1/responses", **body)
+    assert [(item["type"], item["status"]) for item in found["output"]] == [("reasoning", "incomplete")]
+    with deep.stream("POST", "/v1/responses", json={**body, "stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+    last = json.loads(lines[-1].removeprefix("data: "))["response"]
+    assert [(item["type"], item["status"]) for item in last["output"]] == [("reasoning", "incomplete")]
+    again = [{"role": "user", "content": "a"}, *found["output"], {"role": "user", "content": "b"}]
+    post(deep, "/v1/responses", **{**body, "input": again})
+
+
+@pytest.mark.parametrize("ids", [[-1], [10**9], [5, 2**70]])
+def test_ids_that_there_are_not(client: httpx.Client, ids: list[int]) -> None:
+    found = post(client, "/detokenize", 400, model="tiny", tokens=ids)
+    assert found["error"]["param"].startswith("tokens")
+    found = post(client, "/v1/embeddings", 400, model="tiny", input=ids)
+    assert found["error"]["param"].startswith("input")

@@ -174,9 +174,45 @@ def test_a_grammar_with_and_without_a_place_for_the_end(grammar: str, forced: bo
         assert len(text) == 9
 
 
+@pytest.mark.parametrize("tokens", [1, 5, None])
+@pytest.mark.parametrize("guesses", [0, 4])
+def test_a_form_of_what_follows_the_thought(tokens: int | None, guesses: int) -> None:
+    """Anything but an end up to the marker, then the form, to its end."""
+    engine = make(num_speculative_tokens=guesses, prompt_lookup_min=1)
+    thought = ThinkingBudget(tokens=tokens, opening=OPENING, closing=CLOSING, opened=True, before_form=True)
+    params = SamplingParams(
+        temperature=1.0, seed=3, max_tokens=57, structured_outputs=StructuredOutputsParams(regex="[ab]{4}"),
+        thinking_budget=thought,
+    )  # fmt: skip
+    engine.add_request("a", [5], params)
+    ((found,),) = run(engine).values()
+    text = b"".join(PIECES[token] for token in found[:-1]).decode("utf-8", "replace")
+    _, marker, form = text.partition(CLOSING)
+    assert EOS not in found[:-1]
+    assert marker
+    assert found[-1] == EOS
+    assert len(form) == 4
+    assert set(form) <= {"a", "b"}
+    if tokens is not None:
+        assert found.index(X) <= tokens
+
+
+def test_what_a_token_has_behind_the_marker_belongs_to_the_form() -> None:
+    """Spaces do not."""
+    limit = ThoughtLimit(
+        ThinkingBudget(opening="c", closing="a", opened=True, before_form=True), FakeTokenizer(), len(PIECES)
+    )
+    assert read(limit, [AB]).rest == b"b"
+    assert limit.tokens_of(b"b") == [B]
+    assert read(limit, [A]).rest == b""
+    assert limit.tokens_of(b"") == []
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"tokens": 1, "before_form": True},
+        {"tokens": 1, "opened": True, "before_form": 1},
         {"tokens": 0},
         {"tokens": 2.0},
         {"tokens": 1, "opening": ""},

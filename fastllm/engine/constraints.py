@@ -91,7 +91,8 @@ class Constraints:
             grammar = self.compiler.compile(params.structured_outputs.kind, params.structured_outputs.text)
         thought = None
         if params.thinking_budget is not None:
-            thought = ThoughtLimit(params.thinking_budget, self._tokenizer, self._vocab_size, mask)
+            budget, ends = params.thinking_budget, self._eos_token_ids
+            thought = ThoughtLimit(budget, self._tokenizer, self._vocab_size, mask, ends)
         return Constraint(grammar, mask, words, thought)
 
     def _bad_words(self, texts: Iterable[str]) -> tuple[tuple[int, ...], ...]:

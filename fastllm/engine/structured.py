@@ -46,14 +46,21 @@ class _Guide:
         self.mask: Mask | None = constraint.mask
         self.ends = False
         self.failure: str | None = None
-        if self.grammar is not None:
-            self.mask, self.ends = self.grammar.mask, self.grammar.ends
-        elif self.thought is not None:
+        if self.thought is not None and (self.grammar is None or self.thought.limit.before_form):
             self.mask = self.thought.mask
+        elif self.grammar is not None:
+            self.mask, self.ends = self.grammar.mask, self.grammar.ends
 
     def advance(self, tokens: list[int]) -> None:
         """Move on by these tokens. Whatever goes wrong is this sequence's failure alone."""
         try:
+            if self.thought is not None and self.thought.limit.before_form:
+                self.thought.take(tokens)
+                if not self.thought.over:
+                    self.mask = self.thought.mask
+                    return
+                tokens = self.thought.limit.tokens_of(self.thought.rest)
+                self.thought = None
             if self.grammar is not None:
                 self._follow(self.grammar, tokens)
             if self.thought is not None:

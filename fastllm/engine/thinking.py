@@ -14,6 +14,8 @@ everything, so that nothing is guessed ahead of the budget and no token depends 
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Iterable
 
 from fastllm.engine.completion import Tokenizer
 from fastllm.engine.grammar import Mask, pack_mask
@@ -26,17 +28,27 @@ _SPACES = b" \t\r\n"
 class ThoughtLimit:
     """A request's budget in tokens of its model. Shared by its sequences.
 
+    Args:
+        free: what the request allows at all; None: anything.
+        ends: tokens that end a sequence. While a form is still to come they are not allowed.
+
     Attributes:
-        free: the mask while the model may think: anything, or what the request allows at all.
+        free: the mask while the model may think.
 
     Raises:
         RequestError: field "thinking_budget": the tokenizer cannot write its end.
     """
 
     def __init__(
-        self, budget: ThinkingBudget, tokenizer: Tokenizer, vocab_size: int, free: Mask | None = None
+        self,
+        budget: ThinkingBudget,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        free: Mask | None = None,
+        ends: Iterable[int] = (),
     ) -> None:
-        self.tokens = budget.tokens
+        self.tokens = math.inf if budget.tokens is None else budget.tokens
+        self.before_form = budget.before_form
         self.opening = budget.opening.encode()
         self.closing = budget.closing.encode()
         self.opened = budget.opened
@@ -46,7 +58,9 @@ class ThoughtLimit:
             raise RequestError("thinking_budget", error.value, error.limit) from error
         if not end or max(end) >= vocab_size:
             raise RequestError("thinking_budget", budget.text, "an end that the model has tokens for")
-        self.free = pack_mask(range(vocab_size), vocab_size) if free is None else free
+        never = set(ends) if budget.before_form else set()
+        allowed = (i for i in range(vocab_size) if i not in never)
+        self.free = pack_mask(allowed, vocab_size) if free is None else free
         self.end = [(token, pack_mask([token], vocab_size)) for token in end]
         for mask in (self.free, *(mask for _, mask in self.end)):
             mask.flags.writeable = False
@@ -55,6 +69,11 @@ class ThoughtLimit:
     def text(self, token: int) -> bytes:
         """What a token stands for."""
         return self._tokenizer.token_bytes(token)
+
+    def tokens_of(self, text: bytes) -> list[int]:
+        """Tokens that stand for a text."""
+        words = text.decode("utf-8", "replace")
+        return self._tokenizer.encode(words, add_special_tokens=False, parse_special=False) if words else []
 
 
 class _State(enum.Enum):
@@ -67,10 +86,11 @@ class _State(enum.Enum):
 class Thought:
     """How far one sequence is with its budget."""
 
-    __slots__ = ("_at", "_count", "_limit", "_state", "_text")
+    __slots__ = ("_at", "_count", "_state", "_text", "limit", "rest")
 
     def __init__(self, limit: ThoughtLimit) -> None:
-        self._limit = limit
+        self.limit = limit
+        self.rest = b""  # of the token that ended it, spaces left out
         self._state = _State.OPEN if limit.opened else _State.COMES
         self._text = b""  # not read yet, or what may be the beginning of a marker
         self._count = 0  # tokens so far
@@ -84,12 +104,12 @@ class Thought:
     @property
     def mask(self) -> Mask:
         """What may come next."""
-        return self._limit.end[self._at][1] if self._state is _State.ENDS else self._limit.free
+        return self.limit.end[self._at][1] if self._state is _State.ENDS else self.limit.free
 
     @property
     def forced(self) -> int | None:
         """The only token that may come next, if there is one."""
-        return self._limit.end[self._at][0] if self._state is _State.ENDS else None
+        return self.limit.end[self._at][0] if self._state is _State.ENDS else None
 
     def give_up(self) -> None:
         """Nothing is forced from here on."""
@@ -101,7 +121,7 @@ class Thought:
             self._take(token)
 
     def _take(self, token: int) -> None:
-        limit = self._limit
+        limit = self.limit
         self._count += 1
         if self._state is _State.ENDS:
             self._at += 1
@@ -120,6 +140,7 @@ class Thought:
         if self._state is _State.OPEN:
             if limit.closing in self._text:
                 self._state = _State.OVER
+                self.rest = self._text.partition(limit.closing)[2].lstrip(_SPACES)
             elif self._count >= limit.tokens:
                 self._state = _State.ENDS
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastllm.formats.chat_template import ChatTemplate
 from fastllm.formats.tokenizer import Tokenizer
 from fastllm.serve.parsers import Formats, special_token_texts
 
@@ -39,8 +40,10 @@ class ChatFormat:
             tool_parser, reasoning_parser: formats by name; None: as the template tells.
 
         Raises:
-            RequestError: there is no such format.
+            RequestError: there is no such format, or chat_template is no template.
         """
+        if chat_template is not None:
+            ChatTemplate(chat_template, None)
         own = tokenizer.chat_templates
         plain = chat_template or own.get("default")
         tools = chat_template or own.get("tool_use") or plain

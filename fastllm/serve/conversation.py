@@ -54,6 +54,7 @@ class Conversation:
         choice: tools that may be called.
         template_kwargs: further values for the chat template, which must read them.
         template_hints: the same where it does not matter whether it does.
+        template_fields: the same with the request's field that says so, which is what an error names.
         add_generation_prompt: whether the prompt ends with the opening of the answer.
         form: the field that asks for the answer's form, if one does.
         cache_salt, priority: as the request has them.
@@ -66,6 +67,7 @@ class Conversation:
     choice: ToolChoice = field(default_factory=ToolChoice)
     template_kwargs: Mapping[str, Any] | None = None
     template_hints: Mapping[str, Any] = field(default_factory=dict)
+    template_fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     add_generation_prompt: bool = True
     form: str = ""
     cache_salt: str | None = None
@@ -187,8 +189,7 @@ class Answer:
             elif isinstance(event, ArgumentsDelta):
                 choice.calls[event.index].arguments += event.text
         choice.finish_reason = _reason(item, finished)
-        if choice.reasoning:
-            self.generation.usage.reasoning += self._counter().read(item.token_ids)
+        self.generation.usage.reasoning += self._counter().read(item.token_ids)
         return choice
 
     def _counter(self) -> _ReasoningCounter:
@@ -220,8 +221,9 @@ class Answer:
             self.generation.form = "tools"  # where the schemas came from
         if not plan.skip_special_tokens:
             changes["skip_special_tokens"] = False
-        if self._conversation.thinking_tokens is not None:
-            changes["thinking_budget"] = plan.thinking_budget(self._conversation.thinking_tokens)
+        changes["thinking_budget"] = plan.thinking_budget(
+            self._conversation.thinking_tokens, before_form=params.structured_outputs is not None
+        )
         return dataclasses.replace(params, **changes) if changes else params
 
 
@@ -255,17 +257,23 @@ def prompt_of(
     chat = served.chat
     offered = bool(wanted.choice.offered)
     template = chat.tool_template if offered else chat.template
-    hints = {name: value for name, value in wanted.template_hints.items() if name in (template or "")}
+    formats = chat.tool_formats if offered else chat.formats
+    values = {name: value for name, value in wanted.template_hints.items() if name in (template or "")}
+    for name, (field_name, value) in wanted.template_fields.items():
+        if name in (template or ""):
+            values[name] = value
+        elif field_name != "thinking" or formats.reasoning is not None:
+            raise RequestError(field_name, value, f"nothing: this model's chat template reads no {name}")
     ids = render_chat(
         tokenizer,
         normalize_messages(wanted.messages, template or ""),
         add_generation_prompt=wanted.add_generation_prompt,
         chat_template=state.config.chat_template,
-        chat_template_kwargs={**hints, **(wanted.template_kwargs or {})} or None,
+        chat_template_kwargs={**values, **(wanted.template_kwargs or {})} or None,
         tools=wanted.choice.for_template(),
     )
     end = tokenizer.decode(ids[-END_TOKENS:], skip_special_tokens=False)
-    plan = plan_answer(wanted.choice, chat.tool_formats if offered else chat.formats, prompt_end=end)
+    plan = plan_answer(wanted.choice, formats, prompt_end=end)
     if plan.lead:
         ids += tokenizer.encode(plan.lead, add_special_tokens=False, parse_special=True)
     return ids, plan

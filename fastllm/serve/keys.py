@@ -73,9 +73,11 @@ class KeyRing:
         """Keys from a file and from an environment variable.
 
         Raises:
-            RequestError: the file cannot be read, is readable for others, or has a line that is no key.
+            RequestError: the file cannot be read, is readable by others, or has no key or a bad line.
         """
         keys = [] if file is None else list(_keys_of(file))
+        if file is not None and not keys:  # else everybody would be let in
+            raise RequestError("key file", str(file), "a file with at least one key")
         given = [item.strip() for item in os.environ.get(variable, "").split(",") if item.strip()]
         keys += [Key(f"env-{number}", _settle(variable, item)) for number, item in enumerate(given, 1)]
         return cls(keys)

@@ -103,15 +103,24 @@ class AnswerPlan:
     _formats: Formats = field(repr=False)
     _thought: Thought = field(repr=False)
 
-    def thinking_budget(self, tokens: int) -> ThinkingBudget | None:
-        """For the sampling parameters, where the answer may reason."""
+    def thinking_budget(self, tokens: int | None, *, before_form: bool = False) -> ThinkingBudget | None:
+        """For the sampling parameters, where there is something to say of the reasoning.
+
+        Args:
+            tokens: after which it is ended; None: never.
+            before_form: the request wants a form of its own. Where the prompt has opened reasoning that comes
+                first, else the form is the whole answer.
+        """
         if self._formats.reasoning is None or self.lead or self._thought is Thought.OVER:
             return None
-        form = find_reasoning_format(self._formats.reasoning)
         opened = self._thought is Thought.OPEN
+        if (before_form and not opened) or (tokens is None and not before_form):
+            return None
+        form = find_reasoning_format(self._formats.reasoning)
         return ThinkingBudget(
-            tokens=tokens, opening=form.opening, closing=form.closing, opened=opened, end=form.end
-        )
+            tokens=tokens, opening=form.opening, closing=form.closing, opened=opened, end=form.end,
+            before_form=before_form,
+        )  # fmt: skip
 
     def parser(
         self, *, stream_arguments: bool = False, new_id: Callable[[], str] | None = None

@@ -20,7 +20,7 @@ from fastllm.serve.protocol.chat import MESSAGES
 class Thinking(Body):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    display: Any = None
+    display: Literal["summarized"] | None = None
 
 
 class CountRequest(Body):
@@ -53,6 +53,10 @@ def conversation_of(body: MessagesRequest) -> Conversation:
     Raises:
         RequestError, HTTPError: naming the field.
     """
+    if body.messages[-1].get("role") == "assistant":
+        raise RequestError(
+            "messages", "an assistant's message at the end", "a user's: no answer is continued"
+        )
     given = {
         name: value
         for name in ("temperature", "top_p", "top_k")
@@ -83,7 +87,7 @@ def thinking_of(body: CountRequest) -> dict[str, Any]:
     "enabled" asks for and "disabled" does not."""
     kind = None if body.thinking is None else body.thinking.type
     return {
-        "template_kwargs": {"enable_thinking": False} if kind == "disabled" else {},
+        "template_fields": {"enable_thinking": ("thinking", False)} if kind == "disabled" else {},
         "template_hints": {"enable_thinking": True} if kind == "enabled" else {},
     }
 

@@ -79,15 +79,15 @@ def conversation_of(body: ResponsesRequest) -> Conversation:
     except RequestError as error:
         names = {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
         raise RequestError(names.get(error.field, error.field), error.value, error.limit) from error
-    kwargs = {}
+    fields = {}
     if body.reasoning is not None and body.reasoning.effort is not None:
-        kwargs["reasoning_effort"] = body.reasoning.effort
+        fields["reasoning_effort"] = ("reasoning.effort", body.reasoning.effort)
     return Conversation(
         model=body.model,
         messages=messages_of(body),
         params=params,
         choice=_choice(body),
-        template_kwargs=kwargs,
+        template_fields=fields,
         form="text.format" if form is not None else "",
     )
 
@@ -171,7 +171,7 @@ def _add(found: list[dict[str, Any]], item: Mapping[str, Any], place: str) -> No
     elif kind == "reasoning":
         _only(item, place, ("type", "summary", "content", "id", "status", "encrypted_content"))
         thought = _text(item.get("content") or item.get("summary") or "", f"{place}.content")
-        found.append({"role": "assistant", "content": None, "reasoning_content": thought})
+        found.append({"role": "assistant", "content": "", "reasoning_content": thought})
     else:
         raise RequestError(f"{place}.type", kind, "message, function_call, function_call_output or reasoning")
 

@@ -163,15 +163,16 @@ def conversation_of(body: ChatRequest) -> Conversation:
     """
     field, form = form_of(body)
     choice = parse_tool_choice(parse_tools(body.tools), body.tool_choice, body.parallel_tool_calls)
-    kwargs = dict(body.chat_template_kwargs or {})
+    fields = {}
     if body.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+        fields["reasoning_effort"] = ("reasoning_effort", body.reasoning_effort)
     return Conversation(
         model=body.model,
         messages=body.messages,
         params=params_of(body, form),
         choice=choice,
-        template_kwargs=kwargs,
+        template_kwargs=body.chat_template_kwargs,
+        template_fields=fields,
         add_generation_prompt=body.add_generation_prompt is not False,
         form=field,
         cache_salt=body.cache_salt,

@@ -11,6 +11,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from fastllm.errors import RequestError
 from fastllm.outputs import EmbeddingOutput
 from fastllm.pooling_params import PoolingParams
 from fastllm.serve.answers import JsonAnswer
@@ -56,8 +57,12 @@ async def _work(state: ServerState, call: Call, body: EmbeddingRequest) -> dict[
                     lora_request=lora,
                     priority=body.priority or 0,
                 )
-                async with contextlib.aclosing(outputs) as items:
-                    return await anext(items)
+                try:
+                    async with contextlib.aclosing(outputs) as items:
+                        return await anext(items)
+                except RequestError as error:  # in the engine's words
+                    name = {"prompt_token_ids": "input"}.get(error.field, error.field)
+                    raise RequestError(name, error.value, error.limit) from error
 
             tasks = [asyncio.ensure_future(embed(index)) for index in range(len(prompts))]
             try:

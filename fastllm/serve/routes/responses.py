@@ -53,11 +53,13 @@ class ResponseAnswer:
         (choice,) = await self._answer.choices()
         if choice.reasoning:
             self._output.append(_reasoning(choice.reasoning, "completed"))
-        if choice.content or not choice.calls:
+        if choice.content or not (choice.calls or choice.reasoning):
             self._output.append(_message(choice.content, "completed", await self._logprobs(choice.item)))
         self._output += [
             _function_call(call.id, call.name, call.arguments, "completed") for call in choice.calls
         ]
+        if choice.finish_reason == "length":
+            self._output[-1]["status"] = "incomplete"
         return self._response(choice.finish_reason)
 
     async def _logprobs(self, item: CompletionOutput) -> list[Any]:
@@ -89,7 +91,9 @@ class ResponseAnswer:
                     if not self._output:
                         for written in self._switch(_message("", "in_progress", [])):
                             yield written
-                    for written in self._close():
+                    for written in self._close(
+                        "incomplete" if piece.finish_reason == "length" else "completed"
+                    ):
                         yield written
                     response = self._response(piece.finish_reason)
                     yield self._event(f"response.{response['status']}", response=response)
@@ -126,14 +130,14 @@ class ResponseAnswer:
             events.append(self._event("response.content_part.added", **place, part=item["content"][0]))
         return events
 
-    def _close(self) -> list[bytes]:
+    def _close(self, status: str = "completed") -> list[bytes]:
         """End the item that is being written."""
         if not self._open:
             return []
         self._open = ""
         at = len(self._output) - 1
         item = self._output[at]
-        item["status"] = "completed"
+        item["status"] = status
         place: dict[str, Any] = {"output_index": at, "item_id": item["id"]}
         if "content" not in item:
             done = {"arguments": item["arguments"], "name": item["name"]}

@@ -66,6 +66,9 @@ async def detokenize(request: Request) -> Response:
     state, _, body = await begin(request, DetokenizeRequest)
     served, _ = state.models.find(body.model)
     tokenizer = await served.llm.get_tokenizer()
+    wrong = [id for id in body.tokens if not 0 <= id < tokenizer.vocab_size]
+    if wrong:
+        raise RequestError("tokens", wrong[0], f"token ids in 0..{tokenizer.vocab_size - 1}")
 
     async def work() -> dict[str, Any]:
         text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
