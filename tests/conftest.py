@@ -24,6 +24,16 @@ settings.register_profile(
 settings.load_profile(os.environ.get("FASTLLM_TEST_PROFILE", "ci"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A module's `begin_early` starts work that its tests will wait for: it goes on beside the tests before
+    them, most of which use one processor."""
+    if not session.config.option.collectonly:
+        for module in dict.fromkeys(getattr(item, "module", None) for item in session.items):
+            begin = getattr(module, "begin_early", None)
+            if begin is not None:
+                begin()
+
+
 @pytest.fixture(scope="session")
 def default_model_path() -> Path:
     """The default model's file: fetched once, then offline."""

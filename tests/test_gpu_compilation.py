@@ -1,15 +1,19 @@
 """What the compiler makes of the Triton kernels, for every entry of the tables: no GPU is needed for that.
 
-compile_gpu_kernels.py does it, in processes of its own: here the kernels may be interpreted.
+compile_gpu_kernels.py does it, in processes of its own: here the kernels may be interpreted. They begin as
+soon as the tests are collected (`begin_early`).
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +25,46 @@ ARCHITECTURES = sorted(file.stem for file in (SCRIPT.parents[1] / "kernels" / "t
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}  # that a program may have
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Architecture -> what compile_gpu_kernels.py says of each kernel; two compile at a time."""
+_POOL = ThreadPoolExecutor(2)
+_RESULTS: dict[str, Future[list[dict[str, Any]]]] = {}
+_RUNNING: list[subprocess.Popen[str]] = []
+
+
+def begin_early() -> None:
+    """Start compiling, two architectures at a time, in processes that give way to all others."""
+    for architecture in ARCHITECTURES:
+        _RESULTS[architecture] = _POOL.submit(_compile, architecture)
+    atexit.register(_end)
+
+
+def _compile(architecture: str) -> list[dict[str, Any]]:
+    """What compile_gpu_kernels.py says of each kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    def run(architecture: str) -> list[dict[str, Any]]:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", SCRIPT, architecture],
-            capture_output=True, text=True, env=environment, check=False,
+    gently = ["nice", "-n", "19"] if shutil.which("nice") else []
+    with tempfile.TemporaryDirectory() as cache:
+        process = subprocess.Popen(
+            [*gently, sys.executable, "-W", "ignore", SCRIPT, architecture],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment, "TRITON_CACHE_DIR": cache},
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        _RUNNING.append(process)
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    return [json.loads(line) for line in output.splitlines()]
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ARCHITECTURES, pool.map(run, ARCHITECTURES), strict=True))
+
+def _end() -> None:
+    """The tests were broken off."""
+    _POOL.shutdown(wait=False, cancel_futures=True)
+    for process in _RUNNING:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """Architecture -> what compile_gpu_kernels.py says of each kernel."""
+    return {architecture: result.result() for architecture, result in _RESULTS.items()}
 
 
 @pytest.mark.timeout(600)

@@ -26,6 +26,7 @@ from lora_files import save_adapter
 from fastllm import EmbeddingOutput, PoolingParams, RequestOutput, SamplingParams, StructuredOutputsParams
 from fastllm.engine import grammar
 from fastllm.engine.engine import Engine
+from fastllm.engine.model_drafter import ModelDrafter
 from fastllm.loading import ModelOptions, load_model
 
 MODEL_LEN = 192
@@ -97,6 +98,9 @@ def engine_of(model: Path, **options: Any) -> Engine:
         engine._clock = lambda: (
             1e-4 * next(ticks)
         )  # all steps take the same: guesses pay, as on a model of size
+        if isinstance(engine.scheduler.drafter, ModelDrafter):
+            few = itertools.count()
+            engine.scheduler.drafter.clock = lambda: 1e-5 * next(few)  # and the draft model is a smaller one
     for name in ADAPTERS:
         engine.add_adapter(name, engine.adapters.read(model.parent / name))
     return engine
