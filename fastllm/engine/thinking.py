@@ -17,6 +17,8 @@ import enum
 import math
 from collections.abc import Iterable
 
+import numpy as np
+
 from fastllm.engine.completion import Tokenizer
 from fastllm.engine.grammar import Mask, pack_mask
 from fastllm.errors import RequestError
@@ -58,9 +60,12 @@ class ThoughtLimit:
             raise RequestError("thinking_budget", error.value, error.limit) from error
         if not end or max(end) >= vocab_size:
             raise RequestError("thinking_budget", budget.text, "an end that the model has tokens for")
-        never = set(ends) if budget.before_form else set()
-        allowed = (i for i in range(vocab_size) if i not in never)
-        self.free = pack_mask(allowed, vocab_size) if free is None else free
+        if free is None:
+            free = ~np.zeros((vocab_size + 31) // 32, np.uint32)
+            free[-1] >>= -vocab_size % 32
+            if budget.before_form:
+                free &= ~pack_mask(ends, vocab_size)
+        self.free = free
         self.end = [(token, pack_mask([token], vocab_size)) for token in end]
         for mask in (self.free, *(mask for _, mask in self.end)):
             mask.flags.writeable = False
