@@ -152,7 +152,7 @@ class Answer:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """What is new, as it comes; for parameters whose outputs are deltas."""
         parsers: dict[int, AnswerParser] = {}
-        counters: dict[int, _ReasoningCounter] = {}
+        counters: dict[int, _ReasoningCounter | None] = {}
         alone = self._conversation.params.n == 1
         async with contextlib.aclosing(self.generation.outputs()) as outputs:
             async for _, output in outputs:
@@ -160,9 +160,11 @@ class Answer:
                     parser = parsers.get(item.index)
                     if parser is None:
                         parser = parsers[item.index] = self._plan.parser(stream_arguments=True)
-                        counters[item.index] = self._counter()
+                        counters[item.index] = self._counter(parser)
                     events = parser.feed(item.text)
-                    self.generation.usage.reasoning += counters[item.index].read(item.token_ids)
+                    counter = counters[item.index]
+                    if counter is not None:
+                        self.generation.usage.reasoning += counter.read(item.token_ids)
                     ended = item.finish_reason is not None or (alone and parser.done)
                     reason = None
                     if ended:
@@ -177,6 +179,7 @@ class Answer:
     def _choice(self, item: CompletionOutput) -> Choice:
         choice = Choice(item)
         parser = self._plan.parser()
+        counter = self._counter(parser)
         *events, finished = [*parser.feed(item.text), *parser.finish()]
         assert isinstance(finished, Finished)
         for event in events:
@@ -189,10 +192,14 @@ class Answer:
             elif isinstance(event, ArgumentsDelta):
                 choice.calls[event.index].arguments += event.text
         choice.finish_reason = _reason(item, finished)
-        self.generation.usage.reasoning += self._counter().read(item.token_ids)
+        if counter is not None:
+            self.generation.usage.reasoning += counter.read(item.token_ids)
         return choice
 
-    def _counter(self) -> _ReasoningCounter:
+    def _counter(self, parser: AnswerParser) -> _ReasoningCounter | None:
+        """For an answer whose parser has not begun; None where it cannot reason."""
+        if not parser.counts:
+            return None
         skip = self._conversation.params.skip_special_tokens and self._plan.skip_special_tokens
         return _ReasoningCounter(
             self._plan.parser(),
@@ -221,9 +228,10 @@ class Answer:
             self.generation.form = "tools"  # where the schemas came from
         if not plan.skip_special_tokens:
             changes["skip_special_tokens"] = False
-        changes["thinking_budget"] = plan.thinking_budget(
-            self._conversation.thinking_tokens, before_form=params.structured_outputs is not None
-        )
+        wanted = self._conversation.thinking_tokens
+        budget = plan.thinking_budget(wanted, before_form=params.structured_outputs is not None)
+        if budget is not None:
+            changes["thinking_budget"] = budget
         return dataclasses.replace(params, **changes) if changes else params
 
 
